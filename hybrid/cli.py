@@ -1,23 +1,28 @@
-"""The command line: `hybrid demo | train | generate | eval | report`."""
+"""The command line: `hybrid demo | train | generate | eval | reward | report`."""
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from hybrid.config import HybridConfig
 from hybrid.core import InputError
+from hybrid.data import read_rows
 from hybrid.mixing import make_strategy
 from hybrid.optim import listing, listing_markdown
+from hybrid.rewards import RewardError, make_reward, reward_listing, reward_markdown, reward_schema
 from hybrid.run import CONFIG, EXPORT, summary, summary_table, write_report
+from hybrid.scoring import COLUMNS, component_table, json_spec, sample_table, score_rows, scored_rows, write_rows
 from hybrid.trainer import HybridTrainer
 
 __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 when the thing was done, 2 for bad input (with one line that says what)."""
+    """Exit status: 0 when the thing was done, 2 for bad input (with one line that says what), 1 for a failed reward."""
     args = _parser().parse_args(argv)
     _quiet_libraries()
     try:
@@ -25,6 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"hybrid: {error}", file=sys.stderr)
         return 2
+    except RewardError as error:
+        # What the user's own function raised keeps its traceback.
+        if error.__cause__ is not None and not isinstance(error.__cause__, RewardError):
+            traceback.print_exception(error.__cause__)
+        print("hybrid:", error, *getattr(error, "__notes__", []), file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("hybrid: stopped", file=sys.stderr)
         return 130
@@ -65,6 +76,18 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("config", help="a run's folder, or a YAML or JSON file")
     _add_overrides(evaluate)
     evaluate.set_defaults(command=_eval)
+
+    reward = commands.add_parser("reward", help="score a file of responses; list the types; print their JSON Schema")
+    reward.add_argument("spec", nargs="?", metavar="SPEC", help="a JSON or YAML file, or the JSON itself")
+    reward.add_argument("file", nargs="?", metavar="FILE", help="the responses: JSONL, JSON or CSV")
+    for role, column in COLUMNS.items():
+        reward.add_argument(f"--{role}", default=column, metavar="COLUMN", help=f"default: {column}")
+    reward.add_argument("--output", metavar="FILE", help="write every row with its scores, .jsonl or .csv")
+    reward.add_argument("--rows", type=int, default=20, help="how many rows to show (default: 20)")
+    reward.add_argument("--list", action="store_true", help="every type with its parameters and defaults")
+    reward.add_argument("--markdown", action="store_true", help="with --list: as docs/rewards.md has it")
+    reward.add_argument("--schema", action="store_true", help="the JSON Schema of a spec")
+    reward.set_defaults(command=_reward)
 
     for kind in ("optimizers", "schedulers"):
         names = commands.add_parser(kind, help=f"the {kind} by name, with their keys and defaults")
@@ -129,16 +152,48 @@ def _report(args: argparse.Namespace) -> None:
     _show(Path(args.run))
 
 
-def _names(args: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _reward(args: argparse.Namespace) -> None:
+    if args.schema:
+        print(json.dumps(reward_schema(), indent=2))
+    elif args.list and args.markdown:
+        print(reward_markdown())
+    elif args.list:
+        _table(("type", "parameters (defaults)", ""), reward_listing())
+    elif args.spec is None or args.file is None:
+        raise InputError("reward takes a SPEC and a FILE, or --list, or --schema")
+    else:
+        _score_file(args)
 
+
+def _score_file(args: argparse.Namespace) -> None:
+    reward = make_reward(json_spec(args.spec) if args.spec.lstrip().startswith("{") else args.spec)
+    rows = read_rows(args.file)
+    columns = {role: getattr(args, role) for role in COLUMNS}
+    output = score_rows(reward, rows, columns)
+    if args.output is not None:
+        write_rows(args.output, scored_rows(rows, output))
+    _table(*sample_table(rows, output, columns["response"], num_rows=args.rows))
+    _table(*component_table(output))
+
+
+def _names(args: argparse.Namespace) -> None:
     if args.markdown:
         print(listing_markdown(args.kind))
-        return
-    table = Table("name", "keys (defaults)", "", show_lines=True)
-    for row in listing(args.kind):
-        table.add_row(*row)
+    else:
+        _table(("name", "keys (defaults)", ""), listing(args.kind))
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*header, box=box.SIMPLE_HEAD)
+    for column in table.columns:
+        column.overflow = "fold"
+    for row in rows:
+        table.add_row(*map(escape, row))
     Console().print(table)
 
 

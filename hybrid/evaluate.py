@@ -65,7 +65,9 @@ def evaluate_rewards(
 
     Returns metrics and one row per sample. reward: mean score; reward_sem: its standard error; positive: share of
     responses with reward > 0; kl: nats per response (k1); distinct_2: distinct over all word bigrams.
+    The reward's state (running means, history) is left as it was: training goes on from its own.
     """
+    state = reward.state_dict()
     generator = torch.Generator(policy.device).manual_seed(seed)
     rollouts = [
         collect(
@@ -74,6 +76,7 @@ def evaluate_rewards(
         )
         for start in range(0, len(examples), batch_size)
     ]  # fmt: skip
+    reward.load_state_dict(state)
     rows = [row for rollout in rollouts for row in sample_rows(rollout)]
     scores = [row["reward"] for row in rows]
     spread = stdev(scores) if len(scores) > 1 else 0.0

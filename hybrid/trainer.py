@@ -114,6 +114,8 @@ class HybridTrainer:
         if config.sft.packing:
             self.policy.backbone.check_packing()
         self.references = build_references(reference, config.references, self.policy)
+        if self.reward is not None:
+            self.reward.setup(self.policy.device)
         self.updater = Updater(
             self.policy,
             config.optimizer,

@@ -19,6 +19,7 @@ FLOORS = {
     "rewards": 2,
     "optim": 2,
     "models": 3,
+    "scoring": 3,
     "rollout": 4,
     "steps": 4,
     "mixing": 5,

@@ -334,6 +334,53 @@ def test_a_run_that_goes_on_from_a_checkpoint_equals_the_uninterrupted_one(stori
     assert whole.kl.coef == again.kl.coef
 
 
+NESTED = {
+    "type": "weighted_sum",
+    "components": [
+        {"type": "sentiment_lexicon", "weight": 2, "postprocess": {"type": "ema_normalize", "decay": 0.9}},
+        {
+            "type": "min",
+            "name": "shape",
+            "components": [
+                {"type": "length_window", "min": 2, "max": 6, "postprocess": {"type": "ema_normalize"}},
+                {
+                    "type": "python",
+                    "function": "test_trainer:num_letters",
+                    "postprocess": {"type": "scale", "mul": 0.1},
+                },
+            ],
+        },
+    ],
+}
+
+
+def test_every_component_of_a_nested_reward_is_logged_and_its_state_resumed(stories, tmp_path):
+    whole, again = make(stories, reward=NESTED), make(stories, reward=NESTED)
+    cycle = lambda t: (t.sft_step(next(t.loader)), t.ppo_step(t.rollout(next(t.prompts))))[1]  # noqa: E731
+    cycle(whole)
+    whole.save_checkpoint(tmp_path / "step-2")
+    again.load_checkpoint(tmp_path / "step-2")
+    running = whole.reward.state_dict()["reward"]["sentiment_lexicon"]["postprocess"][0]
+    assert running["mean"] is not None and running["var"] != 1.0
+    assert again.reward.state_dict() == whole.reward.state_dict()
+    one, other = cycle(whole), cycle(again)
+    for name in ("sentiment_lexicon", "shape", "shape/length_window", "shape/python"):
+        for key in ("raw_mean", "raw_std", "score_mean", "weighted_mean", "weighted_std", "invalid", "timeouts"):
+            assert one[f"reward/{name}/{key}"] == other[f"reward/{name}/{key}"]
+        assert one[f"seconds_reward/{name}"] >= 0
+    weighted = one["reward/sentiment_lexicon/weighted_mean"] + one["reward/shape/weighted_mean"]
+    assert weighted == pytest.approx(one["reward"], abs=1e-6)
+    assert torch.equal(weights(whole), weights(again))
+
+
+def test_an_evaluation_leaves_the_rewards_running_means_alone(stories):
+    trainer = make(stories, reward=NESTED)
+    trainer.rollout(next(trainer.prompts))
+    before = trainer.reward.state_dict()
+    assert trainer.evaluate()["num_prompts"] > 0
+    assert trainer.reward.state_dict() == before
+
+
 def test_a_trainer_without_data_can_be_saved_and_loaded_too(stories, tmp_path):
     one, two = (HybridTrainer(stories, config=replace(CONFIG, data=DataConfig())) for _ in range(2))
     given = [torch.tensor([1, 5])] * 2, [torch.tensor([8, 9, 2]), torch.tensor([10, 11])], [1.0, 0.0]

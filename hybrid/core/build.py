@@ -1,7 +1,9 @@
 """Building a registered thing from a flat mapping, its signature being the one source of names, types and defaults."""
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -32,14 +34,24 @@ def build(
     try:
         return factory(**settings)
     except InputError as error:
-        joint = "." if str(error).partition(" ")[0] in parameters else ": "
+        # "min must be", or "components[1].weight must be"
+        joint = "." if re.split(r"[ .\[]", str(error))[0] in parameters else ": "
         raise InputError(f"{path}{joint}{error}") from error
 
 
 def parameters_of(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """What a class or function takes by name."""
+    """What a class or function takes by name, with the default that it would get."""
     parameters = inspect.signature(factory, eval_str=True).parameters
-    return {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    made = {
+        field.name: field.default_factory()
+        for field in (fields(factory) if is_dataclass(factory) else ())
+        if field.default_factory is not MISSING
+    }
+    return {
+        name: p.replace(default=made[name]) if name in made else p
+        for name, p in parameters.items()
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    }
 
 
 def fits(value: Any, annotation: Any) -> bool:
@@ -51,6 +63,8 @@ def fits(value: Any, annotation: Any) -> bool:
         return any(fits(value, option) for option in get_args(annotation))
     if origin in (int, float):
         return isinstance(value, (int, origin)) and not isinstance(value, bool)
+    if origin is list and isinstance(value, list):
+        return all(fits(entry, option) for option in get_args(annotation) for entry in value)
     if origin in (bool, str, list, dict, type(None)):
         return isinstance(value, origin)
     return callable(value) if origin is Callable else True

@@ -100,7 +100,7 @@ class Rollout:
     ended: (B,) bool, whether the response closed with EOS.
     temperature: what the logits were divided by when it was sampled; the update divides by the same.
     prompts, responses, targets: the texts, B of each, or none.   components: raw score by reward name, B each.
-    seconds: what it took, by part.
+    reward_metrics: what the reward logs of each component.   seconds: what it took, by part.
     advantage, return_: (B, T) float32, or None until `with_advantages` has put them there.
     """
 
@@ -120,7 +120,8 @@ class Rollout:
     prompts: tuple[str, ...] = ()
     responses: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
-    components: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    components: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
+    reward_metrics: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     advantage: Tensor | None = None
     return_: Tensor | None = None
@@ -136,7 +137,7 @@ class Rollout:
             for name, x in tensors.items()
             if isinstance(x, Tensor)
         }
-        return replace(self, **picked, prompts=(), responses=(), targets=(), components={})
+        return replace(self, **picked, prompts=(), responses=(), targets=(), components={}, reward_metrics={})
 
     @property
     def num_tokens(self) -> int:

@@ -1,14 +1,25 @@
 """Rewards: from a spec to a checked score for each response."""
 
-from hybrid.rewards.base import Reward, RewardError, Scores, register_reward
+from hybrid.rewards.base import Handling, Reward, RewardError, RewardTimeout, register_reward
 from hybrid.rewards.factory import RewardType, known_rewards, make_reward
+from hybrid.rewards.listing import reward_listing, reward_markdown
+from hybrid.rewards.output import Part, RewardOutput
+from hybrid.rewards.samples import Samples
+from hybrid.rewards.schema import reward_schema
 
 __all__ = [
+    "Handling",
+    "Part",
     "Reward",
     "RewardError",
+    "RewardOutput",
+    "RewardTimeout",
     "RewardType",
-    "Scores",
+    "Samples",
     "known_rewards",
     "make_reward",
     "register_reward",
+    "reward_listing",
+    "reward_markdown",
+    "reward_schema",
 ]

@@ -1,13 +1,19 @@
 """What a reward is: texts in, one finite number each out; and the names rewards are known by."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from hybrid.core import Registry
+import torch
 
-__all__ = ["Reward", "RewardError", "Samples", "Scores", "canonical", "register_reward", "rewards"]
+from hybrid.core import InputError, Registry
+from hybrid.rewards.output import Part, RewardOutput
+from hybrid.rewards.postprocess import Postprocess
+from hybrid.rewards.samples import Samples, Target, shortened
+
+__all__ = ["Handling", "Reward", "RewardError", "RewardTimeout", "Row", "canonical", "register_reward", "rewards"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -16,30 +22,48 @@ canonical: dict[str, str] = {}  # every registered name and alias, lower case ->
 
 
 class RewardError(RuntimeError):
-    """A reward raised, or returned what is no score. The run stops: a failed reward never becomes 0."""
+    """A reward raised, or returned what is no score. A failed reward never becomes 0."""
+
+
+class RewardTimeout(RewardError):
+    """A reward did not answer in its time."""
+
+
+# What a reward has for a sample: a score; what went wrong; or None, where the spec says that a failure is skipped.
+Row = float | RewardError | None
 
 
 @dataclass(frozen=True)
-class Scores:
-    """What a reward says about a batch of B responses, B numbers in each list.
+class Handling:
+    """What a spec may say of any reward, whatever its type."""
 
-    total: the score the trainer uses.   raw: the same before the reward's own postprocessing.
-    components: the raw score of each component by name, "outer/inner" where they nest; of a reward
-        that has none, its own.
-    """
+    on_error: Literal["raise", "value", "skip"] = "raise"  # skip: the neighbours' weights count alone for that sample
+    error_value: float | None = None  # with on_error "value": the score of a sample that failed
+    empty_value: float | None = None  # the score of an empty response, which the reward is then not asked about
+    max_chars: int | None = None  # texts are cut to so many characters before they are scored
+    postprocess: tuple[Postprocess, ...] = ()  # applied in order; not to error_value and empty_value
 
-    total: list[float]
-    raw: list[float]
-    components: dict[str, list[float]]
+    def __post_init__(self) -> None:
+        for name in ("error_value", "empty_value"):
+            value = getattr(self, name)
+            if value is not None:
+                if not math.isfinite(value):
+                    raise InputError(f"{name} must be finite, got {value}")
+                object.__setattr__(self, name, float(value))
+        if (self.on_error == "value") != (self.error_value is not None):
+            raise InputError(
+                f"error_value must be given with on_error 'value' and only then; on_error is {self.on_error!r}"
+            )
+        if self.max_chars is not None and self.max_chars < 1:
+            raise InputError(f"max_chars must be at least 1, got {self.max_chars}")
 
 
-class Samples(NamedTuple):
-    """A batch as the hooks get it: four lists of one length, None among the texts turned into ""."""
+class Answers(NamedTuple):
+    """What came of asking a reward, before its own postprocessing: a row for each sample, and the parts inside it."""
 
-    responses: list[str]
-    targets: list[str]
-    prompts: list[str]
-    items: list[Any]
+    rows: list[Row]
+    parts: dict[str, Part]
+    counts: dict[str, float]
 
 
 class Reward:
@@ -49,11 +73,17 @@ class Reward:
         _score(responses, targets, prompts, items) -> one number each   # where a batch is cheaper
 
     Its parameters are the fields of its dataclass, or what its `__init__` takes; bad ones raise InputError
-    with a message that starts with the parameter's name. The hooks' results are checked here, once, for all.
+    with a message that starts with the parameter's name. The hooks' results are checked here, once, for all;
+    `_score` may put an exception in the place of a number. Equal samples are asked about once, and of several
+    references the best counts. A reward that remembers implements `_state` and `_load_state` too.
     """
 
     # In logs and errors: the registered name, unless the spec gives another. Not `name`: a parameter may be.
     component_name = "reward"
+    handling = Handling()
+    needs_batch: bool = False  # the score depends on the other samples, or on earlier ones
+    takes_references: bool = False  # the target is handed on as it came, be it a list
+    char_limit: int | None = None  # the `max_chars` of this type, where the spec gives none
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -61,99 +91,186 @@ class Reward:
             cls.component_name = cls.__name__
 
     def __call__(
-        self, response: str | None, target: str | None = "", *, prompt: str | None = "", item: Any = None
+        self, response: str | None, target: Target | None = "", *, prompt: str | None = "", item: Any = None
     ) -> float:
         """The score of one sample."""
         return self.score([response], [target], [prompt], [item])[0]
 
     def score(
         self,
-        responses: Sequence[str | None],
-        targets: Sequence[str | None] | None = None,
+        responses: Sequence[str | None] | Samples,
+        targets: Sequence[Target | None] | None = None,
         prompts: Sequence[str | None] | None = None,
         items: Sequence[Any] | None = None,
-    ) -> list[float]:
-        """The score of each sample of a batch, finite. Raises RewardError where there is none."""
-        return self.detail(responses, targets, prompts, items).total
+    ) -> RewardOutput:
+        """The score of each sample of a batch: a list of floats, with the parts that they are made of.
 
-    def detail(
-        self,
-        responses: Sequence[str | None],
-        targets: Sequence[str | None] | None = None,
-        prompts: Sequence[str | None] | None = None,
-        items: Sequence[Any] | None = None,
-    ) -> Scores:
-        """As `score`, with the raw score of each component. Raises ValueError if the lengths differ."""
-        scores = self._detail(_samples(responses, targets, prompts, items))
-        return scores if scores.components else replace(scores, components={self.component_name: scores.raw})
+        responses: B texts, None being ""; or the whole batch, as `Samples`.   targets: a text each, or a list of
+        references, of which the best counts.   items: whatever else the reward is to know of each sample.
+        Raises RewardError where there is no score, ValueError if the lengths differ.
+        """
+        columns = responses if isinstance(responses, Samples) else (responses, targets, prompts, items)
+        rows, part, inner = self._run(Samples.checked(*columns))
+        for index, row in enumerate(rows):
+            if isinstance(row, RewardError):
+                row.add_note(f"It is sample {index} of the batch.")
+                raise row
+        scores = [math.nan if row is None else float(row) for row in rows]  # type: ignore[arg-type]
+        return RewardOutput(scores, part.raw, inner or {self.component_name: part})
+
+    def setup(self, device: str | torch.device | None = None) -> None:
+        """Load what scoring needs, onto `device`. Without it that happens at the first score."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to score alike; most rewards keep nothing between batches."""
-        return {}
+        return {"reward": self._state(), "postprocess": [step.state_dict() for step in self.handling.postprocess]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` gave. Raises ValueError if it is another reward's."""
-        if state.keys() != self.state_dict().keys():
+        own, other = _shape(self.state_dict()), _shape(state)
+        if own != other:
             raise ValueError(
-                f"reward {self.component_name!r} has the state {sorted(self.state_dict())}, "
-                f"got {sorted(state)}: the checkpoint is from a run with another reward"
+                f"reward {self.component_name!r} has the state {own}, got {other}: "
+                "the checkpoint is from a run with another reward"
             )
+        self._load_state(state.get("reward", {}))
+        for step, saved in zip(self.handling.postprocess, state.get("postprocess", []), strict=True):
+            step.load_state_dict(saved)
 
-    def _score_one(self, response: str, target: str, prompt: str, item: Any) -> float:
+    def drain_counters(self) -> dict[str, float]:
+        """What the reward has counted since it was last asked this, for the log."""
+        return {}
+
+    def _score_one(self, response: str, target: Any, prompt: str, item: Any) -> float:
         raise NotImplementedError(f"{type(self).__name__} must implement _score_one or _score")
 
-    def _score(self, responses: list[str], targets: list[str], prompts: list[str], items: list[Any]) -> Sequence[float]:
-        scores = []
-        for index, sample in enumerate(zip(responses, targets, prompts, items, strict=True)):
+    def _score(self, responses: list[str], targets: list[Any], prompts: list[str], items: list[Any]) -> Sequence[Any]:
+        scores: list[Any] = []
+        for sample in zip(responses, targets, prompts, items, strict=True):
             try:
                 scores.append(self._score_one(*sample))
-            except Exception as error:
-                raise RewardError(
-                    f"reward {self.component_name!r} failed on sample {index}, "
-                    f"response {_shortened(responses[index])}: {type(error).__name__}: {error}"
-                ) from error
+            except InputError:
+                raise
+            except Exception as error:  # noqa: BLE001 - it stands in the sample's place until `handling` decides
+                scores.append(error)
         return scores
 
-    def _detail(self, samples: Samples) -> Scores:
-        """Scores of checked samples; a reward without components leaves them empty."""
-        try:
-            values = self._score(*samples) if samples.responses else []
-        except RewardError:
-            raise
-        except Exception as error:
-            raise RewardError(
-                f"reward {self.component_name!r} failed on a batch of {len(samples.responses)}, "
-                f"the first response {_shortened(samples.responses[0])}: {type(error).__name__}: {error}"
-            ) from error
-        scores = self._checked(values, samples.responses)
-        return Scores(scores, scores, {})
+    def _state(self) -> dict[str, Any]:
+        return {}
 
-    def _checked(self, values: Any, responses: list[str]) -> list[float]:
-        """`values` as floats: exactly one for each response, each of them finite."""
+    def _load_state(self, state: dict[str, Any]) -> None:
+        """Take up what `_state` gave."""
+
+    def _run(self, samples: Samples) -> tuple[list[Row], Part, dict[str, Part]]:
+        """All that happens to a batch of checked samples, whatever the reward: limits, the reward, its `handling`.
+
+        Returns a row for each sample, this reward's part in it and those of its components.
+        """
+        began = time.perf_counter()
+        handling, num_rows = self.handling, len(samples.responses)
+        counts: dict[str, float] = {}
+        if limit := handling.max_chars or self.char_limit:
+            samples, counts["truncated"] = samples.cut(limit)
+        asked = [i for i, text in enumerate(samples.responses) if handling.empty_value is None or text.strip()]
+        answers = self._ask(samples.of(asked)) if asked else Answers([], {}, {})
+        failures = [row for row in answers.rows if isinstance(row, RewardError)]
+        counts |= {
+            "invalid": len(failures),
+            "timeouts": sum(isinstance(failure, RewardTimeout) for failure in failures),
+            **answers.counts,
+            **self.drain_counters(),
+        }
+        rows: list[Row] = [handling.empty_value] * num_rows
+        raw: list[float | None] = [None] * num_rows
+        for i, answer, row in zip(asked, answers.rows, self._handled(answers.rows, samples.of(asked)), strict=True):
+            raw[i], rows[i] = _number_in(answer), row
+        score = [_number_in(row) for row in rows]
+        part = Part(raw, score, list(score), counts, time.perf_counter() - began)
+        return rows, part, {name: inner.spread_over(asked, num_rows) for name, inner in answers.parts.items()}
+
+    def _ask(self, samples: Samples) -> Answers:
+        """Ask the hook about each different sample once, and about one reference at a time."""
+        if self.needs_batch:
+            return Answers(self._answers(samples), {}, {})
+        places: dict[Any, int] = {}
+        distinct: list[tuple[Any, ...]] = []
+        asked_for: list[list[int]] = []  # of each sample, the places in `distinct`: one for each reference
+        for response, target, prompt, item in zip(*samples, strict=True):
+            several = isinstance(target, list) and not self.takes_references
+            asked_for.append([])
+            for reference in target if several else [target]:
+                key = (response, str(reference), prompt, id(item))
+                if key not in places:
+                    places[key] = len(distinct)
+                    distinct.append((response, reference, prompt, item))
+                asked_for[-1].append(places[key])
+        answers = self._answers(Samples(*map(list, zip(*distinct, strict=True))))
+        rows = [_best([answers[place] for place in of_sample]) for of_sample in asked_for]
+        return Answers(rows, {}, {"cache_hits": sum(map(len, asked_for)) - len(distinct)})
+
+    def _answers(self, samples: Samples) -> list[Row]:
+        """The hook's word on each sample, checked. A batch that fails is asked one by one, to fail where it must."""
+        responses = samples.responses
+        try:
+            values = self._score(*samples)
+        except InputError:  # what the reward needs cannot be loaded: no sample's fault
+            raise
+        except Exception as error:  # noqa: BLE001 - it stands in the sample's place until `handling` decides
+            if len(responses) > 1 and not self.needs_batch:
+                return [row for i in range(len(responses)) for row in self._answers(samples.of([i]))]
+            where = f"a batch of {len(responses)}, the first response" if len(responses) > 1 else "response"
+            return [self._failure(f"{where} {shortened(responses[0])}", error)] * len(responses)
+        return self._checked(values, responses)
+
+    def _handled(self, rows: Sequence[Row], samples: Samples) -> list[Row]:
+        """The rows after the postprocessing, with what `handling` puts in a failure's place."""
+        rows, handling = list(rows), self.handling
+        for step in handling.postprocess:
+            valid = [i for i, row in enumerate(rows) if isinstance(row, float)]
+            scores = step([rows[i] for i in valid])  # type: ignore[misc]
+            for i, score in zip(valid, scores, strict=True):
+                rows[i] = self._number(score, samples.responses[i])
+        if handling.on_error == "raise":
+            return rows
+        return [handling.error_value if isinstance(row, RewardError) else row for row in rows]
+
+    def _checked(self, values: Any, responses: Sequence[str]) -> list[Row]:
+        """`values` as rows: exactly one for each response, each a finite number or an error in its place."""
         try:
             count = None if isinstance(values, (str, dict, set)) else len(values)
         except TypeError:  # a scalar
             count = None
         if count != len(responses):
             got = f"the one value {values!r}" if count is None else f"{count} values"
-            raise RewardError(
-                f"reward {self.component_name!r} must return a list of one number per response; "
-                f"got {got} for {len(responses)} responses"
-            )
-        return [self._number(v, i, r) for i, (v, r) in enumerate(zip(values, responses, strict=True))]
+            return [
+                RewardError(
+                    f"reward {self.component_name!r} must return a list of one number per response; "
+                    f"got {got} for {len(responses)} responses"
+                )
+            ] * len(responses)
+        return [self._number(value, text) for value, text in zip(values, responses, strict=True)]
 
-    def _number(self, value: Any, index: int, response: str) -> float:
+    def _number(self, value: Any, response: str) -> Row:
+        if isinstance(value, Exception):
+            return self._failure(f"response {shortened(response)}", value)
         try:
             # float("0.5") would pass.
             number = math.nan if isinstance(value, (str, bytes)) else float(value)
         except (TypeError, ValueError, OverflowError, RuntimeError):  # torch raises RuntimeError
             number = math.nan
-        if not math.isfinite(number):
-            raise RewardError(
-                f"reward {self.component_name!r} returned {value!r} for sample {index}, "
-                f"response {_shortened(response)}; a score must be a finite number"
-            )
-        return number
+        if math.isfinite(number):
+            return number
+        return RewardError(
+            f"reward {self.component_name!r} returned {value!r} for response {shortened(response)}; "
+            "a score must be a finite number"
+        )
+
+    def _failure(self, where: str, error: Exception) -> RewardError:
+        kind = RewardTimeout if isinstance(error, RewardTimeout) else RewardError
+        said = str(error) if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
+        failure = kind(f"reward {self.component_name!r} failed on {where}: {said}")
+        failure.__cause__ = error
+        return failure
 
 
 def register_reward(name: str, *aliases: str) -> Callable[[F], F]:
@@ -171,20 +288,15 @@ def register_reward(name: str, *aliases: str) -> Callable[[F], F]:
     return add
 
 
-def _samples(responses: Any, targets: Any, prompts: Any, items: Any) -> Samples:
-    columns = {"responses": responses, "targets": targets, "prompts": prompts, "items": items}
-    for name, column in columns.items():
-        if isinstance(column, str):
-            raise ValueError(f"{name} must be a list, got one text; for one sample call reward(response, target)")
-        if column is None:
-            columns[name] = [None] * len(responses)
-        elif len(column) != len(responses):
-            raise ValueError(f"{name} must be as many as responses: got {len(column)} for {len(responses)}")
-    texts = {
-        name: ["" if text is None else text for text in columns[name]] for name in ("responses", "targets", "prompts")
-    }
-    return Samples(**texts, items=list(columns["items"]))
+def _best(rows: list[Row]) -> Row:
+    failed = [row for row in rows if isinstance(row, RewardError)]
+    return failed[0] if failed else max(rows)  # type: ignore[type-var]
 
 
-def _shortened(text: str, width: int = 80) -> str:
-    return repr(text if len(text) <= width else text[: width - 1] + "…")
+def _number_in(row: Row) -> float | None:
+    return row if isinstance(row, float) else None
+
+
+def _shape(state: dict[str, Any]) -> Any:
+    """What tells one reward's state from another's: the names in it, and how many steps."""
+    return sorted(state.get("reward", state)), len(state.get("postprocess", []))

@@ -14,14 +14,17 @@ from typing import Any
 
 from hybrid.core import InputError, Registry, build, fits, parameters_of, parse_yaml
 from hybrid.rewards import leaves
-from hybrid.rewards.base import Reward, canonical, rewards
+from hybrid.rewards.base import Handling, Reward, canonical, rewards
 from hybrid.rewards.compose import Component, Composite
 from hybrid.rewards.leaves.python import PythonFunction
-from hybrid.rewards.postprocess import Postprocess, Postprocessed, postprocesses
+from hybrid.rewards.postprocess import Postprocess, postprocesses
 
-__all__ = ["RewardType", "Spec", "known_rewards", "make_reward"]
+__all__ = ["RewardType", "Spec", "known_rewards", "make_reward", "parameters_of_reward"]
 
 Spec = Mapping[str, Any] | Callable[..., Any] | Reward | str | os.PathLike[str]
+
+# What a spec may say of any reward, whatever its type.
+COMMON = ("name", "weight", *parameters_of(Handling))
 
 # A new file in leaves/ is a new reward: there is no list to add it to.
 for _leaf in iter_modules(leaves.__path__):
@@ -37,9 +40,9 @@ def make_reward(spec: Spec) -> Reward:
 
     spec: a dict, a function (see the type `python`), a Reward (returned as it is), or a JSON or YAML file of
     a dict. A dict may stand under the key "REWARD", whose neighbours are not read. Beside the parameters of
-    its type it takes `name`, `postprocess` (a step, or a list of them in order) and `weight` (its share among
-    components).
-    Raises InputError with the path in the spec.
+    its type it takes `name`, `weight` (its share among components), `postprocess` (a step, or a list of them in
+    order) and the other fields of `Handling`: on_error, error_value, empty_value, max_chars.
+    Raises InputError with the path in the spec. Nothing is loaded before the first score, or `setup`.
     """
     return _component(spec, "REWARD").reward
 
@@ -60,12 +63,17 @@ def known_rewards() -> list[RewardType]:
         RewardType(
             name=canonical.get(key, key),
             aliases=tuple(alias for alias, name in canonical.items() if name.lower() == key != alias),
-            parameters=tuple(str(p) for p in parameters_of(_factory(rewards[key])).values()),
+            parameters=tuple(str(p) for p in parameters_of_reward(key).values()),
             summary=(inspect.getdoc(rewards[key]) or "").partition("\n")[0],
         )
         for key in rewards
         if canonical.get(key, key).lower() == key
     ]
+
+
+def parameters_of_reward(kind: str) -> dict[str, inspect.Parameter]:
+    """What a spec of that type takes, besides what every spec does."""
+    return parameters_of(_factory(rewards[kind]))
 
 
 def _component(spec: Any, path: str) -> Component:
@@ -84,38 +92,39 @@ def _component(spec: Any, path: str) -> Component:
 
 def _from_dict(spec: Mapping[str, Any], path: str) -> Component:
     kind, settings = _type_of(spec, path, rewards)
-    factory = _factory(rewards[kind])
-    parameters = parameters_of(factory)
+    factory, parameters = _factory(rewards[kind]), parameters_of_reward(kind)
     # A parameter of the reward's own goes first: `domain` has a `name`.
-    common = [key for key in ("name", "weight", "postprocess") if key not in parameters]
-    extra = {key: settings.pop(key) for key in common if key in settings}
+    also = [key for key in COMMON if key not in parameters]
+    common = {key: settings.pop(key) for key in also if key in settings}
 
-    name = extra.get("name", canonical.get(kind.lower(), kind))
+    name = common.pop("name", canonical.get(kind.lower(), kind))
     if not isinstance(name, str) or not name or "/" in name:
         raise InputError(f"{path}.name must be a text without '/', got {name!r}")
-    weight = extra.get("weight", 1.0)
+    weight = common.pop("weight", 1.0)
     if not fits(weight, float) or not math.isfinite(weight):
         raise InputError(f"{path}.weight must be a finite number, got {weight!r}")
+    common["postprocess"] = _steps(common.get("postprocess", []), f"{path}.postprocess")
     if isinstance(factory, type) and issubclass(factory, Composite) and "components" in settings:
         settings["components"] = [
             _component(inner, inner_path) for inner_path, inner in _listed(settings["components"], f"{path}.components")
         ]
 
-    reward = build(factory, settings, what=f"reward {kind!r}", path=path, also=common)
-    object.__setattr__(reward, "component_name", name)  # it may be a frozen dataclass
-    if steps := _steps(extra.get("postprocess", []), f"{path}.postprocess"):
-        reward = Postprocessed(reward, steps)
+    reward = build(factory, settings, what=f"reward {kind!r}", path=path, also=also)
+    handling = build(Handling, common, what=f"reward {kind!r}", path=path)
+    # It may be a frozen dataclass.
+    object.__setattr__(reward, "component_name", name)
+    object.__setattr__(reward, "handling", handling)
     return Component(reward, float(weight))
 
 
-def _steps(spec: Any, path: str) -> list[Postprocess]:
-    steps = []
+def _steps(spec: Any, path: str) -> tuple[Postprocess, ...]:
+    steps: list[Postprocess] = []
     for step_path, step in [(path, spec)] if isinstance(spec, Mapping) else _listed(spec, path):
         if not isinstance(step, Mapping):
             raise InputError(f"{step_path} must be a dict with a type, got {step!r}")
         kind, settings = _type_of(step, step_path, postprocesses)
         steps.append(build(postprocesses[kind], settings, what=f"postprocess {kind!r}", path=step_path))
-    return steps
+    return tuple(steps)
 
 
 def _listed(specs: Any, path: str) -> Iterator[tuple[str, Any]]:

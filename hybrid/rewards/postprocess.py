@@ -2,19 +2,18 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from hybrid.core import InputError, Registry
-from hybrid.rewards.base import Reward, Samples, Scores
 
-__all__ = ["Clip", "Postprocess", "Postprocessed", "postprocesses"]
+__all__ = ["Clip", "EMANormalize", "Postprocess", "Scale", "postprocesses"]
 
 postprocesses: Registry[Callable[..., Any]] = Registry("postprocess")
 
 
 class Postprocess:
-    """One step: B scores in, B scores out. A step that remembers overrides the two state methods."""
+    """One step: B finite scores in, B scores out. A step that remembers overrides the two state methods."""
 
     def __call__(self, scores: list[float]) -> list[float]:
         raise NotImplementedError(f"{type(self).__name__} must implement __call__")
@@ -35,9 +34,7 @@ class Clip(Postprocess):
     max: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, bound in (("min", self.min), ("max", self.max)):
-            if not math.isfinite(bound):
-                raise InputError(f"{name} must be finite, got {bound}")
+        _check_finite(min=self.min, max=self.max)
         if self.min > self.max:
             raise InputError(f"min must be at most max ({self.max}), got {self.min}")
 
@@ -45,24 +42,64 @@ class Clip(Postprocess):
         return [min(max(score, self.min), self.max) for score in scores]
 
 
-class Postprocessed(Reward):
-    """A reward followed by steps. It keeps the reward's name, its raw scores and its components."""
+@postprocesses.register("scale")
+@dataclass(frozen=True)
+class Scale(Postprocess):
+    """mul · score + add."""
 
-    def __init__(self, reward: Reward, steps: list[Postprocess]):
-        self.reward, self.steps, self.component_name = reward, steps, reward.component_name
+    mul: float = 1.0
+    add: float = 0.0
 
-    def _detail(self, samples: Samples) -> Scores:
-        scores = self.reward._detail(samples)
-        total = scores.total
-        for step in self.steps:
-            total = self._checked(step(total), samples.responses)
-        return replace(scores, total=total)
+    def __post_init__(self) -> None:
+        _check_finite(mul=self.mul, add=self.add)
+
+    def __call__(self, scores: list[float]) -> list[float]:
+        return [self.mul * score + self.add for score in scores]
+
+
+@postprocesses.register("ema_normalize")
+@dataclass
+class EMANormalize(Postprocess):
+    """Scores measured from their running mean, in running standard deviations.
+
+        on the first score x:  m = x, v = 1
+        on every score x:      m = d m + (1 - d) x,  v = d v + (1 - d) (x - m)²,  (x - m) / √(v + eps)
+
+    A batch is fed in order. m and v are saved in checkpoints; a score that failed never enters them.
+    """
+
+    decay: float = 0.99
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay <= 1:
+            raise InputError(f"decay must lie in [0, 1], got {self.decay}")
+        if not 0 < self.eps < math.inf:
+            raise InputError(f"eps must be > 0, got {self.eps}")
+        self._mean: float | None = None
+        self._var = 1.0
+
+    def __call__(self, scores: list[float]) -> list[float]:
+        mean, var, d = self._mean, self._var, self.decay
+        normalized = []
+        for x in scores:
+            mean = d * (x if mean is None else mean) + (1 - d) * x
+            var = d * var + (1 - d) * (x - mean) * (x - mean)
+            normalized.append((x - mean) / math.sqrt(var + self.eps))
+        # A score so large that its square is infinite fails as a score, and is not remembered.
+        if mean is None or (math.isfinite(mean) and math.isfinite(var)):
+            self._mean, self._var = mean, var
+            return normalized
+        return [math.nan] * len(scores)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"reward": self.reward.state_dict(), "steps": [step.state_dict() for step in self.steps]}
+        return {"mean": self._mean, "var": self._var}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.reward.load_state_dict(state["reward"])
-        for step, saved in zip(self.steps, state["steps"], strict=True):
-            step.load_state_dict(saved)
+        self._mean, self._var = state["mean"], state["var"]
+
+
+def _check_finite(**values: float) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise InputError(f"{name} must be finite, got {value}")

@@ -12,7 +12,7 @@ from hybrid.core import Batch, Encoded, InputError, Rollout
 from hybrid.data import filler_id, left_pad
 from hybrid.functional import kl_estimate, masked_sum, masked_whiten, token_reward
 from hybrid.models import Policy, Reference, before_response, response_stats
-from hybrid.rewards import Reward
+from hybrid.rewards import Reward, RewardError
 from hybrid.rollout.kl import KLKind
 from hybrid.rollout.sample import Responses, SamplingConfig, sample
 
@@ -57,6 +57,7 @@ def collect(
     kl_coef: the weight of the per-token KL in the reward; 0 where the KL belongs into the loss.
     microbatch_size: rows of one scoring forward. Where PPO's first epoch uses the same, its first ratios are
         exactly 1: the same rows went through the same products.
+    A response that the reward skips (`on_error: skip`) is left out of the rollout.
     The policy is left in eval mode: PPO compares log-probs, so dropout stays off until the next SFT step.
     """
     sampling = sampling or SamplingConfig()
@@ -68,15 +69,18 @@ def collect(
     generated = time.perf_counter()
     texts = response_texts(tokenizer, responses)
     prompts, targets = tuple(e.prompt for e in examples), tuple(e.target for e in examples)
-    scores = reward.detail(texts, targets, prompts, [e.item for e in examples])
+    scores = reward.score(texts, targets, prompts, [e.item for e in examples])
+    kept = [i for i, valid in enumerate(scores.valid.tolist()) if valid]
+    if not kept:
+        raise RewardError(f"reward {reward.component_name!r} skipped all {len(scores)} responses of a rollout")
     scored = time.perf_counter()
     rollout = assemble(
         policy,
         references,
-        prompt_ids,
-        prompt_mask,
-        responses,
-        torch.tensor(scores.total, dtype=torch.float32),
+        prompt_ids[kept],
+        prompt_mask[kept],
+        responses.of(kept),
+        scores.values[kept],
         score=score,
         # Of a greedy response there is no distribution: its log-probs are the model's own.
         temperature=sampling.temperature or 1.0,
@@ -86,10 +90,11 @@ def collect(
     )
     return replace(
         rollout,
-        prompts=prompts,
-        responses=tuple(texts),
-        targets=targets,
-        components={name: tuple(values) for name, values in scores.components.items()},
+        prompts=tuple(prompts[i] for i in kept),
+        responses=tuple(texts[i] for i in kept),
+        targets=tuple(targets[i] for i in kept),
+        components={name: tuple(values[i] for i in kept) for name, values in scores.components.items()},
+        reward_metrics=scores.metrics(),
         seconds={
             "generate": generated - start,
             "reward": scored - generated,

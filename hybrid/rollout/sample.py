@@ -61,6 +61,10 @@ class Responses:
     mask: Tensor
     ended: Tensor
 
+    def of(self, rows: Sequence[int]) -> "Responses":
+        """Some of the rows."""
+        return Responses(self.ids[rows], self.mask[rows], self.ended[rows])
+
 
 @torch.no_grad()
 def sample(

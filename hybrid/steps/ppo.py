@@ -217,5 +217,4 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "response_length": mask.sum(1).float().mean(),
         "eos_share": rollout.ended.float().mean(),
     }
-    components = {f"reward/{name}": sum(x) / len(x) for name, x in rollout.components.items()}
-    return {name: float(x) for name, x in metrics.items()} | components
+    return {name: float(x) for name, x in metrics.items()} | dict(rollout.reward_metrics)

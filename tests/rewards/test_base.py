@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid.rewards import Reward, RewardError, make_reward, register_reward
+from hybrid.core import InputError
+from hybrid.rewards import Handling, Reward, RewardError, RewardTimeout, Samples, make_reward, register_reward
+from hybrid.rewards.postprocess import Scale
 
 
 class Returns(Reward):
@@ -41,6 +43,17 @@ def test_batch_form_equals_the_single_form():
     assert Characters().score(responses) == [Characters()(response) for response in responses] == [1, 0, 3]
 
 
+def test_the_scores_are_a_list_that_knows_its_tensors():
+    output = Characters().score(["a", "abc"])
+    assert isinstance(output, list)
+    assert output.values.dtype == torch.float32 and output.values.tolist() == [1.0, 3.0]
+    assert output.valid.tolist() == [True, True]
+
+
+def test_a_batch_may_be_given_as_samples():
+    assert Characters().score(Samples(["a", None], targets=["t", "u"])) == [1, 0]
+
+
 def test_none_is_the_empty_text():
     echo = Echo()
     echo.score([None, "a"], [None, "t"], None, None)
@@ -51,6 +64,19 @@ def test_single_form_passes_target_prompt_and_item():
     echo = Echo()
     echo("r", "t", prompt="p", item={"id": 1})
     assert echo.samples == (["r"], ["t"], ["p"], [{"id": 1}])
+
+
+def test_a_lone_surrogate_is_replaced():
+    echo = Echo()
+    echo("a\ud83d", ["b", "\udc00"])
+    assert echo.samples[:2] == (["a\ufffd"] * 2, ["b", "\ufffd"])
+
+
+@pytest.mark.parametrize("column", ["responses", "targets", "prompts"])
+def test_what_is_no_text_is_refused_with_its_place(column):
+    batch = {"responses": ["a", "b"], column: ["a", 3]}
+    with pytest.raises(ValueError, match=rf"^{column}\[1\] must be a text or None, got 3$"):
+        Characters().score(**batch)
 
 
 def test_an_empty_batch_has_no_scores_and_calls_no_hook():
@@ -86,8 +112,9 @@ def test_a_wrong_number_of_values_is_refused():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, "0.5", None, [1.0, 2.0], torch.ones(2), 10**400])
 def test_what_is_not_a_finite_number_is_refused_with_its_sample(value):
-    with pytest.raises(RewardError, match=r"'Returns' returned .* for sample 1, response 'b'; a score must be"):
+    with pytest.raises(RewardError, match=r"'Returns' returned .* for response 'b'; a score must be") as caught:
         Returns([1.0, value]).score(["a", "b"])
+    assert caught.value.__notes__ == ["It is sample 1 of the batch."]
 
 
 @pytest.mark.parametrize("values", [[True, False], np.array([1, 0]), torch.tensor([1.0, 0.0]), (1, 0)])
@@ -98,7 +125,7 @@ def test_scores_of_any_number_type_become_floats(values):
 
 
 def test_a_reward_that_raises_fails_with_the_sample_shown():
-    with pytest.raises(RewardError, match=r"'raise_on_bad' failed on sample 1, response 'bad': KeyError") as caught:
+    with pytest.raises(RewardError, match=r"'raise_on_bad' failed on response 'bad': KeyError") as caught:
         make_reward(raise_on_bad).score(["good", "bad"])
     assert isinstance(caught.value.__cause__, KeyError)
 
@@ -125,13 +152,119 @@ def test_a_reward_without_a_hook_says_which_to_write():
         Empty()("a")
 
 
-def test_detail_of_a_leaf_is_its_own_score_by_name():
-    detail = Characters().detail(["ab"])
-    assert (detail.total, detail.raw, detail.components) == ([2.0], [2.0], {"Characters": [2.0]})
+def test_a_batch_that_raises_is_asked_one_by_one_to_find_the_sample():
+    class Fragile(Reward):
+        def _score(self, responses, *_):
+            if "bad" in responses:
+                raise KeyError("missing")
+            return [1.0 for _ in responses]
+
+    with pytest.raises(RewardError, match="'Fragile' failed on response 'bad': KeyError"):
+        Fragile().score(["good", "bad"])
+    fallback = make_reward(Fragile())
+    fallback.handling = Handling(on_error="value", error_value=-1)
+    assert fallback.score(["good", "bad", "fine"]) == [1, -1, 1]
+
+
+def test_a_leaf_reports_its_own_score_by_name():
+    output = Characters().score(["ab"])
+    assert (output, output.raw, output.components) == ([2.0], [2.0], {"Characters": [2.0]})
+
+
+def test_equal_samples_are_asked_about_once():
+    echo = Echo()
+    output = echo.score(["a", "b", "a", "a"], ["t", "t", "t", "u"])
+    assert echo.samples[:2] == (["a", "b", "a"], ["t", "t", "u"])
+    assert output.parts["Echo"].counts["cache_hits"] == 1
+
+
+def test_samples_with_different_items_are_different():
+    echo = Echo()
+    echo.score(["a", "a"], items=[{"id": 1}, {"id": 2}])
+    assert echo.samples[0] == ["a", "a"]
+
+
+def test_a_reward_that_needs_the_batch_gets_all_of_it():
+    echo = Echo()
+    echo.needs_batch = True
+    echo.score(["a", "a"])
+    assert echo.samples[0] == ["a", "a"]
+
+
+def test_of_several_references_the_best_counts():
+    class Common(Reward):
+        def _score_one(self, response, target, prompt, item):
+            return len(set(response) & set(target))
+
+    assert Common().score(["abc", "abc", "abc"], [["x", "ab", "a"], "c", []]) == [2, 1, 0]
+    assert Common()("abc", ["a", None]) == 1
+
+
+def test_an_error_that_stands_in_the_place_of_a_number_is_that_samples_failure():
+    reward = Returns([1.0, RewardTimeout("too slow"), KeyError("x")])
+    reward.handling = Handling(on_error="skip")
+    output = reward.score(["a", "b", "c"])
+    assert output.valid.tolist() == [True, False, False]
+    assert math.isnan(output[1])
+    counts = output.parts["Returns"].counts
+    assert (counts["invalid"], counts["timeouts"]) == (2, 1)
+    reward.handling = Handling()
+    with pytest.raises(RewardTimeout, match="'Returns' failed on response 'b': too slow"):
+        reward.score(["a", "b", "c"])
+
+
+def test_what_cannot_be_loaded_is_no_samples_fault():
+    class Unloadable(Reward):
+        def _score_one(self, response, target, prompt, item):
+            raise InputError("model 'x' cannot be loaded")
+
+    reward = Unloadable()
+    reward.handling = Handling(on_error="skip")
+    with pytest.raises(InputError, match="model 'x' cannot be loaded"):
+        reward.score(["a", "b"])
+
+
+def test_interrupts_are_never_caught():
+    def interrupted(response):
+        raise KeyboardInterrupt
+
+    reward = make_reward({"type": "python", "function": interrupted, "on_error": "value", "error_value": 0})
+    with pytest.raises(KeyboardInterrupt):
+        reward("a")
+
+
+@pytest.mark.parametrize("response", ["", " \n", None])
+def test_empty_value_is_the_score_of_an_empty_response(response):
+    reward = make_reward(
+        {"type": "python", "function": lambda r: 5, "empty_value": -1, "postprocess": {"type": "clip"}}
+    )
+    output = reward.score([response, "a"])
+    assert output == [-1, 1]
+    assert output.raw == [None, 5]
+
+
+def test_max_chars_cuts_every_text():
+    echo = make_reward(Echo())
+    echo.handling = Handling(max_chars=2)
+    output = echo.score(["abc", "ab"], [["abc", "b"], "x"], ["abc", ""])
+    assert echo.samples[:3] == (["ab", "ab", "ab"], ["ab", "b", "x"], ["ab", "ab", ""])
+    assert output.parts["Echo"].counts["truncated"] == 1
+
+
+def test_metrics_are_over_the_rows_that_have_a_score():
+    reward = Returns([1.0, 3.0, math.nan])
+    reward.handling = Handling(on_error="skip", postprocess=(Scale(mul=2),))
+    metrics = reward.score(["a", "b", "c"]).metrics()
+    assert metrics.pop("seconds_reward/Returns") >= 0
+    assert metrics == {
+        "reward/Returns/raw_mean": 2, "reward/Returns/raw_std": 1, "reward/Returns/score_mean": 4, "reward/Returns/score_std": 2,
+        "reward/Returns/weighted_mean": 4, "reward/Returns/weighted_std": 2,
+        "reward/Returns/invalid": 1, "reward/Returns/timeouts": 0, "reward/Returns/cache_hits": 0,
+    }  # fmt: skip
 
 
 def test_state_of_another_reward_is_refused():
-    with pytest.raises(ValueError, match=r"'Characters' has the state \[\], got \['mean'\]"):
+    with pytest.raises(ValueError, match=r"'Characters' has the state \(\[\], 0\), got \(\['mean'\], 0\)"):
         Characters().load_state_dict({"mean": 0.0})
 
 

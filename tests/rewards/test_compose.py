@@ -1,5 +1,6 @@
 import pytest
 
+from hybrid.core import InputError
 from hybrid.rewards import Reward, RewardError, make_reward
 
 
@@ -13,11 +14,10 @@ class Counter(Reward):
         self.batches += 1
         return [self.batches] * len(responses)
 
-    def state_dict(self):
+    def _state(self):
         return {"batches": self.batches}
 
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
+    def _load_state(self, state):
         self.batches = state["batches"]
 
 
@@ -42,10 +42,10 @@ def test_weighted_sum_with_weights_that_cancel_divides_by_one(weights):
 
 def test_nested_weighted_sums_match_the_hand_computed_score():
     inner = weighted_sum(constant(1.0, weight=1), constant(4.0, weight=2), weight=2, name="outer")
-    detail = make_reward(weighted_sum(constant(0.5), inner)).detail(["a", "b"])
+    output = make_reward(weighted_sum(constant(0.5), inner)).score(["a", "b"])
     # inner = (1·1 + 2·4) / 3 = 3, total = (1·0.5 + 2·3) / 3
-    assert detail.total == [6.5 / 3] * 2
-    assert detail.components == {
+    assert output == [6.5 / 3] * 2
+    assert output.components == {
         "constant": [0.5] * 2,
         "outer": [3.0] * 2,
         "outer/constant": [1.0] * 2,
@@ -55,22 +55,22 @@ def test_nested_weighted_sums_match_the_hand_computed_score():
 
 def test_components_are_reported_before_their_postprocess_and_weight():
     clipped = constant(5.0, weight=2, postprocess={"type": "clip"})
-    detail = make_reward(weighted_sum(clipped, constant(0.0, name="none"))).detail(["a"])
-    assert detail.components == {"constant": [5.0], "none": [0.0]}
-    assert detail.total == [2 / 3]
+    output = make_reward(weighted_sum(clipped, constant(0.0, name="none"))).score(["a"])
+    assert output.components == {"constant": [5.0], "none": [0.0]}
+    assert output == [2 / 3]
 
 
 def test_a_second_component_of_a_name_is_numbered_past_names_that_are_taken():
-    detail = make_reward(weighted_sum(constant(0, name="a#2"), constant(1, name="a"), constant(2, name="a")))
-    assert list(detail.components) == ["a#2", "a", "a#3"]
+    output = make_reward(weighted_sum(constant(0, name="a#2"), constant(1, name="a"), constant(2, name="a")))
+    assert list(output.components) == ["a#2", "a", "a#3"]
 
 
 def test_components_may_be_functions_and_rewards():
     def one(response):
         return 1.0
 
-    detail = make_reward(weighted_sum(one, Counter())).detail(["a"])
-    assert detail.components == {"one": [1.0], "Counter": [1.0]}
+    output = make_reward(weighted_sum(one, Counter())).score(["a"])
+    assert output.components == {"one": [1.0], "Counter": [1.0]}
 
 
 def test_a_component_that_fails_is_named_with_its_place():
@@ -78,11 +78,12 @@ def test_a_component_that_fails_is_named_with_its_place():
         raise KeyError("missing")
 
     reward = make_reward(weighted_sum(weighted_sum(constant(1), broken, name="outer")))
-    with pytest.raises(RewardError, match="'broken' failed on sample 0") as caught:
+    with pytest.raises(RewardError, match="'broken' failed on response 'a'") as caught:
         reward("a")
     assert caught.value.__notes__ == [
         "It is the component 'broken' of the reward 'outer'.",
         "It is the component 'outer' of the reward 'weighted_sum'.",
+        "It is sample 0 of the batch.",
     ]
 
 
@@ -99,5 +100,116 @@ def test_state_is_gathered_from_components_and_restored():
     seen, fresh = make_reward(spec()), make_reward(spec())
     seen("a")
     fresh.load_state_dict(seen.state_dict())
-    assert seen.state_dict()["Counter"] == {"batches": 1}
+    assert seen.state_dict()["reward"]["Counter"]["reward"] == {"batches": 1}
     assert fresh("a") == seen("a") == 2.0
+
+
+def composite(kind, *components, **settings):
+    return make_reward({"type": kind, "components": list(components), **settings})
+
+
+def length(response):
+    return float(len(response))
+
+
+@pytest.mark.parametrize(("kind", "score"), [("product", 3.0), ("min", -2.0), ("max", 3.0)])
+def test_product_min_and_max_are_what_they_say(kind, score):
+    components = [constant(-2.0), constant(3.0)] if kind != "product" else [constant(2.0), constant(1.5)]
+    assert composite(kind, *components)("a") == score
+
+
+@pytest.mark.parametrize("kind", ["product", "min", "max"])
+def test_a_weight_where_it_means_nothing_is_refused(kind):
+    with pytest.raises(InputError, match=r"^REWARD.components\[1\].weight means nothing here; .* got 2.0$"):
+        composite(kind, constant(1.0), constant(1.0, weight=2))
+
+
+def test_gated_asks_the_others_only_where_the_gate_passes():
+    seen = []
+
+    def costly(responses):
+        seen.append(list(responses))
+        return [float(len(r)) for r in responses]
+
+    reward = composite("gated", length, costly, constant(1.0, weight=3), threshold=2, otherwise=-1)
+    output = reward.score(["a", "bb", "", "dddd"])
+    assert output == [-1, (2 + 3) / 4, -1, (4 + 3) / 4]
+    assert seen == [["bb", "dddd"]]
+    assert output.components == {
+        "length": [1, 2, 0, 4], "costly": [None, 2, None, 4], "constant": [None, 1, None, 1],
+    }  # fmt: skip
+
+
+def test_gated_whose_gate_lets_nothing_pass_asks_nobody():
+    assert composite("gated", length, constant(1.0), threshold=9).score(["a", "b"]) == [0, 0]
+
+
+def test_gated_needs_something_behind_the_gate():
+    with pytest.raises(InputError, match=r"^REWARD.components must be the gate and at least one more, got 1$"):
+        composite("gated", length)
+
+
+def test_the_weighted_scores_add_up_to_the_total():
+    scaled = {"type": "scale", "mul": 2.0, "add": 1.0}
+    output = composite("weighted_sum", {"type": "python", "function": length, "weight": 3, "postprocess": scaled},
+                       constant(-1.0, weight=0.5)).score(["a", "bb"])  # fmt: skip
+    parts = output.parts
+    assert parts["python"].raw == [1, 2]
+    assert parts["python"].score == [3, 5]
+    assert parts["python"].weighted == [3 * 3 / 3.5, 3 * 5 / 3.5]
+    sums = [a + b for a, b in zip(parts["python"].weighted, parts["constant"].weighted, strict=True)]
+    assert sums == pytest.approx(output, rel=1e-15)
+
+
+def fails_on_b(response):
+    if response == "b":
+        raise KeyError("missing")
+    return 1.0
+
+
+def failing(**settings):
+    return {"type": "python", "function": fails_on_b, "name": "failing", **settings}
+
+
+def test_a_component_that_is_skipped_leaves_its_weight_to_the_others():
+    reward = composite("weighted_sum", failing(weight=9, on_error="skip"), constant(0.5, weight=1))
+    output = reward.score(["a", "b"])
+    assert output == pytest.approx([0.95, 0.5])
+    assert output.parts["failing"].weighted == [0.9, None]
+    assert output.parts["failing"].counts["invalid"] == 1
+
+
+def test_on_error_value_puts_its_value_in_the_failures_place():
+    reward = composite("weighted_sum", failing(on_error="value", error_value=-1), constant(0.0))
+    output = reward.score(["a", "b"])
+    assert output == [0.5, -0.5]
+    assert output.components["failing"] == [1.0, None]
+
+
+def test_a_failure_reaches_the_next_reward_above_that_handles_it():
+    inner = {"type": "min", "components": [failing(), constant(2.0)], "on_error": "value", "error_value": 7}
+    assert composite("weighted_sum", inner, constant(1.0)).score(["a", "b"]) == [1.0, 4.0]
+
+
+def test_a_sample_that_every_component_skips_has_no_score():
+    reward = composite("max", failing(on_error="skip"))
+    with pytest.raises(RewardError, match="'max': every component skipped response 'b'"):
+        reward.score(["a", "b"])
+
+
+def test_a_failed_gate_fails_the_sample():
+    with pytest.raises(RewardError, match="'failing' failed on response 'b'"):
+        composite("gated", failing(), constant(1.0)).score(["a", "b"])
+
+
+def test_setup_reaches_every_component():
+    class Device(Reward):
+        def setup(self, device=None):
+            self.device = device
+
+        def _score_one(self, response, target, prompt, item):
+            return 1.0
+
+    leaf = Device()
+    composite("min", composite("product", leaf)).setup("cpu")
+    assert leaf.device == "cpu"

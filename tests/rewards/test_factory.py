@@ -48,16 +48,16 @@ def test_a_reward_is_returned_as_it_is():
 
 
 def test_a_function_is_named_after_itself():
-    assert make_reward(shout).detail(["a!"]).components == {"shout": [1.0]}
+    assert make_reward(shout).score(["a!"]).components == {"shout": [1.0]}
 
 
 def test_a_registered_function_is_a_type():
-    assert make_reward({"type": "test_loud"}).detail(["a!", "a"]).components == {"test_shout": [1.0, 0.0]}
+    assert make_reward({"type": "test_loud"}).score(["a!", "a"]).components == {"test_shout": [1.0, 0.0]}
 
 
 def test_a_parameter_of_the_reward_wins_over_the_name_of_the_component():
     reward = make_reward({"type": "test_topic", "name": "law"})
-    assert reward.detail(["the law"]).components == {"test_topic": [1.0]}
+    assert reward.score(["the law"]).components == {"test_topic": [1.0]}
 
 
 def test_a_dict_may_stand_under_reward():

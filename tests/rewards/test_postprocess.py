@@ -1,10 +1,11 @@
+import json
 from dataclasses import dataclass
 
 import pytest
 
 from hybrid.core import InputError
-from hybrid.rewards import RewardError, make_reward
-from hybrid.rewards.postprocess import Postprocess, Postprocessed
+from hybrid.rewards import Handling, RewardError, make_reward
+from hybrid.rewards.postprocess import Postprocess
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,72 @@ def test_an_empty_list_of_steps_changes_nothing():
     assert score_of(9.0, []) == 9
 
 
-def test_detail_keeps_the_raw_score_beside_the_total():
+def test_the_raw_score_is_kept_beside_the_total():
     spec = {"type": "python", "function": lambda r: 7, "name": "seven", "postprocess": {"type": "clip"}}
-    detail = make_reward(spec).detail(["a"])
-    assert (detail.total, detail.raw, detail.components) == ([1.0], [7.0], {"seven": [7.0]})
+    output = make_reward(spec).score(["a"])
+    assert (output, output.raw, output.components) == ([1.0], [7.0], {"seven": [7.0]})
 
 
 def test_a_step_that_makes_a_score_infinite_is_refused():
-    reward = Postprocessed(make_reward(lambda response: 1.0), [Add(float("inf"))])
-    with pytest.raises(RewardError, match="returned inf for sample 0"):
+    reward = make_reward(lambda response: 1.0)
+    reward.handling = Handling(postprocess=(Add(float("inf")),))
+    with pytest.raises(RewardError, match="returned inf for response 'a'"):
         reward("a")
+
+
+def test_scale_multiplies_then_adds():
+    assert score_of(3.0, {"type": "scale", "mul": 2, "add": -1}) == 5
+
+
+def by_the_book(xs, d=0.99, eps=1e-8):
+    m = v = None
+    for x in xs:
+        if m is None:
+            m, v = x, 1.0
+        m = d * m + (1 - d) * x
+        v = d * v + (1 - d) * (x - m) ** 2
+        yield (x - m) / (v + eps) ** 0.5
+
+
+def ema(**settings):
+    spec = {"type": "python", "function": float, "batch": False, "postprocess": {"type": "ema_normalize", **settings}}
+    return make_reward(spec | {"function": lambda response: float(response)})
+
+
+@pytest.mark.parametrize("settings", [{}, {"decay": 0.5, "eps": 0.1}])
+def test_ema_normalize_follows_the_spec_in_the_order_of_the_batches(settings):
+    xs = [3.0, -1.0, 0.5, 0.5, 100.0, 2.0]
+    reward = ema(**settings)
+    got = reward.score([str(x) for x in xs[:4]]) + [reward(str(x)) for x in xs[4:]]
+    expected = by_the_book(xs, settings.get("decay", 0.99), settings.get("eps", 1e-8))
+    assert got == pytest.approx(list(expected), rel=1e-12)
+    assert got[0] == 0.0
+
+
+def test_ema_normalize_goes_on_from_its_state():
+    seen, fresh = ema(), ema()
+    seen.score(["3", "-1"])
+    fresh.load_state_dict(json.loads(json.dumps(seen.state_dict())))
+    assert fresh("7") == seen("7")
+    assert fresh("7") != ema()("7")
+
+
+def test_a_failed_score_never_enters_the_running_mean():
+    spec = {"type": "python", "function": lambda response: float(response), "on_error": "skip"}
+    reward = make_reward(spec | {"postprocess": {"type": "ema_normalize"}})
+    alone = ema()
+    reward.score(["3", "nan", "no number", "-1", "inf"])
+    alone.score(["3", "-1"])
+    assert reward.state_dict() == alone.state_dict()
+
+
+def test_a_score_whose_square_overflows_fails_and_is_not_remembered():
+    reward = ema()
+    reward("1")
+    before = reward.state_dict()
+    with pytest.raises(RewardError, match="returned nan for response '1e200'"):
+        reward("1e200")
+    assert reward.state_dict() == before
 
 
 @pytest.mark.parametrize(
@@ -60,8 +117,11 @@ def test_a_step_that_makes_a_score_infinite_is_refused():
             [{"type": "clp"}],
             r"^REWARD.postprocess\[0\].type: unknown postprocess 'clp'; did you mean 'clip'\?$",
         ),
+        ({"type": "scale", "mul": float("inf")}, r"^REWARD.postprocess.mul must be finite, got inf$"),
+        ({"type": "ema_normalize", "decay": 1.5}, r"^REWARD.postprocess.decay must lie in \[0, 1\], got 1.5$"),
+        ({"type": "ema_normalize", "eps": 0}, r"^REWARD.postprocess.eps must be > 0, got 0$"),
         ({"type": "clip", "mx": 1}, r"^REWARD.postprocess.mx: unknown parameter of postprocess 'clip': 'mx'"),
-        ({"min": 1}, r"^REWARD.postprocess.type is missing; known: clip$"),
+        ({"min": 1}, r"^REWARD.postprocess.type is missing; known: clip, ema_normalize, scale$"),
         ("clip", r"^REWARD.postprocess must be a list, got 'clip'$"),
         (["clip"], r"^REWARD.postprocess\[0\] must be a dict with a type, got 'clip'$"),
     ],

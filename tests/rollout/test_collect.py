@@ -7,7 +7,7 @@ from tiny import tiny_model
 from hybrid.core import Encoded, InputError
 from hybrid.functional import entropy, full_kl, token_logprob
 from hybrid.models import Policy, Reference
-from hybrid.rewards import make_reward
+from hybrid.rewards import RewardError, make_reward
 from hybrid.rollout import SamplingConfig, ScoreConfig, assemble, collect, from_lists
 from hybrid.rollout.collect import shaped_score
 
@@ -108,6 +108,31 @@ def test_microbatches_change_nothing(policy, other, tokenizer):
     whole, parts = rolled(policy, [other], tokenizer), rolled(policy, [other], tokenizer, microbatch_size=2)
     torch.testing.assert_close(parts.old_logprob, whole.old_logprob, **CLOSE)
     torch.testing.assert_close(parts.kl, whole.kl, **CLOSE)
+
+
+def scores_in_turn(*values):
+    """A reward that gives its values to the rows in turn, and skips where the value is no number."""
+    return make_reward({"type": "python", "function": lambda responses: list(values), "on_error": "skip"})
+
+
+def test_a_response_that_the_reward_skips_is_left_out(policy, other, tokenizer):
+    def rollout_with(reward):
+        generator = torch.Generator().manual_seed(SEED)
+        sampling = SamplingConfig(max_new_tokens=24)
+        return collect(policy, [other], reward, examples(), tokenizer=tokenizer, sampling=sampling, generator=generator)
+
+    whole, part = rollout_with(scores_in_turn(1.0, 2.0, 3.0)), rollout_with(scores_in_turn(1.0, None, 3.0))
+    assert part.score.tolist() == [1.0, 3.0]
+    assert part.prompts == ("prompt 0", "prompt 2")
+    assert part.responses == (whole.responses[0], whole.responses[2])
+    assert torch.equal(part.input_ids, whole.input_ids[[0, 2]])
+    torch.testing.assert_close(part.old_logprob, whole.old_logprob[[0, 2]], **CLOSE)
+    assert part.reward_metrics["reward/python/invalid"] == 1
+
+
+def test_a_rollout_whose_responses_are_all_skipped_is_an_error(policy, tokenizer):
+    with pytest.raises(RewardError, match="'python' skipped all 3 responses"):
+        collect(policy, [], scores_in_turn(None, None, None), examples(), tokenizer=tokenizer)
 
 
 def test_the_reward_sees_response_target_prompt_and_row(policy, tokenizer):

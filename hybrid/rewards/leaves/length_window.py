@@ -32,6 +32,8 @@ class LengthWindow(Reward):
             raise InputError(f"max must be at least 1 and at least min ({self.min}), got {self.max}")
         if (self.unit == "tokens") != (self.tokenizer is not None):
             raise InputError(f"tokenizer must be given with unit 'tokens' and only then; unit is {self.unit!r}")
+
+    def setup(self, device: Any = None) -> None:
         if isinstance(self.tokenizer, str):
             self.tokenizer = _tokenizer(self.tokenizer)
 
@@ -46,6 +48,7 @@ class LengthWindow(Reward):
             return len(text.split())
         if self.unit == "chars":
             return len(text)
+        self.setup()
         return len(self.tokenizer.encode(text, add_special_tokens=False))
 
 

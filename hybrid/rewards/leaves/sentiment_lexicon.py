@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from hybrid.core import InputError
 from hybrid.rewards.base import Reward, register_reward
+from hybrid.rewards.extras import require
 
 __all__ = ["SentimentLexicon"]
 
@@ -19,8 +19,12 @@ class SentimentLexicon(Reward):
     """
 
     field: Literal["response", "prompt_and_response"] = "response"  # the text that is scored
+    char_limit = 20_000  # VADER's rule for "but" is quadratic in the words
 
     def __post_init__(self) -> None:
+        require("vaderSentiment", reward="sentiment_lexicon", install="vaderSentiment")
+
+    def setup(self, device: Any = None) -> None:
         _analyzer()
 
     def _score_one(self, response: str, target: str, prompt: str, item: Any) -> float:
@@ -30,8 +34,6 @@ class SentimentLexicon(Reward):
 
 @cache
 def _analyzer() -> Any:
-    try:
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-    except ModuleNotFoundError as error:
-        raise InputError("reward 'sentiment_lexicon' needs vaderSentiment: pip install vaderSentiment") from error
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
     return SentimentIntensityAnalyzer()

@@ -1,0 +1,92 @@
+"""Rewards that ask a model: loaded when first needed, shared by all that name it, never trained."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from hybrid.core import InputError, first_line
+from hybrid.rewards.base import Reward
+
+__all__ = ["ModelReward", "batched", "pretrained", "shared"]
+
+T = TypeVar("T")
+_shared: dict[tuple[Any, ...], Any] = {}
+
+
+class ModelReward(Reward):
+    """A reward with a model. A leaf of it is a dataclass with the fields `model` and `device`, and implements
+
+        _load(device) -> what scoring needs, by way of `shared`
+        _model_scores(loaded, responses, targets, prompts, items) -> one number each
+
+    The model is loaded by `setup` or at the first score, and asked in inference mode.
+    """
+
+    model: str
+    device: str | None  # None: the GPU where there is one
+
+    def __post_init__(self) -> None:
+        # A path that is not there is told now, before anything loads; a hub name cannot be.
+        if os.path.isabs(self.model) or self.model.startswith((".", "~")):
+            self.model = str(Path(self.model).expanduser())
+            if not Path(self.model).exists():
+                raise InputError(f"model {self.model!r} does not exist")
+
+    def setup(self, device: str | torch.device | None = None) -> None:
+        """Load the model. device: where, unless the spec says."""
+        fallback = "cuda" if torch.cuda.is_available() else "cpu"
+        self._loaded = self._load(torch.device(self.device or device or fallback))
+
+    def _load(self, device: torch.device) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} must implement _load")
+
+    def _model_scores(
+        self, loaded: Any, responses: list[str], targets: list[str], prompts: list[str], items: list[Any]
+    ) -> Sequence[float]:
+        raise NotImplementedError(f"{type(self).__name__} must implement _model_scores")
+
+    def _score(self, responses: list[str], targets: list[str], prompts: list[str], items: list[Any]) -> Sequence[float]:
+        if not hasattr(self, "_loaded"):
+            self.setup()
+        with torch.inference_mode():
+            return self._model_scores(self._loaded, responses, targets, prompts, items)
+
+
+def shared(load: Callable[..., T], name: str, device: torch.device, *options: Any) -> T:
+    """`load(name, device, *options)`, once for each: rewards that name one model share it."""
+    key = (load, name, str(device), *options)
+    if key not in _shared:
+        _shared[key] = load(name, device, *options)
+    return _shared[key]
+
+
+def pretrained(auto_class: str, name: str, device: torch.device) -> tuple[Any, Any]:
+    """(tokenizer, model) of transformers' `auto_class`, in eval mode and without gradients."""
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model = getattr(transformers, auto_class).from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
+    return tokenizer, model.to(device).eval().requires_grad_(False)
+
+
+def batched(
+    inputs: Sequence[T],
+    function: Callable[[list[T]], Sequence[float]],
+    *,
+    batch_size: int,
+    length: Callable[[T], int],
+) -> list[float]:
+    """`function` of the inputs, in batches of similar length so that little is padding; in the inputs' order."""
+    order = sorted(range(len(inputs)), key=lambda i: length(inputs[i]))
+    results = [0.0] * len(inputs)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        for row, result in zip(rows, function([inputs[i] for i in rows]), strict=True):
+            results[row] = float(result)
+    return results

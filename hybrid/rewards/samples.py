@@ -1,0 +1,79 @@
+"""What a reward is asked about: a batch of samples, put in order before any reward sees it."""
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+__all__ = ["Samples", "Target", "shortened"]
+
+# Half of a UTF-16 pair is no character, but JSON can hold one, and tokenizers raise on it.
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+Target = str | Sequence[str]  # one reference, or several
+
+
+class Samples(NamedTuple):
+    """B samples: four lists of one length. A target is a text, or several references.
+
+    A user may leave columns and texts out; `checked` puts "" there.
+    """
+
+    responses: Any
+    targets: Any = None
+    prompts: Any = None
+    items: Any = None
+
+    @classmethod
+    def checked(cls, responses: Any, targets: Any, prompts: Any, items: Any) -> "Samples":
+        """The same with every column there, as long as `responses`, and every text a str. Raises ValueError."""
+        columns = {"responses": responses, "targets": targets, "prompts": prompts, "items": items}
+        for name, column in columns.items():
+            if isinstance(column, str):
+                raise ValueError(f"{name} must be a list, got one text; for one sample call reward(response, target)")
+            if column is not None and len(column) != len(responses):
+                raise ValueError(f"{name} must be as many as responses: got {len(column)} for {len(responses)}")
+        empty = [None] * len(responses)
+        return cls(
+            [_text(text, f"responses[{i}]") for i, text in enumerate(responses)],
+            [_target(target, f"targets[{i}]") for i, target in enumerate(targets or empty)],
+            [_text(text, f"prompts[{i}]") for i, text in enumerate(prompts or empty)],
+            list(empty if items is None else items),
+        )
+
+    def of(self, rows: Sequence[int]) -> "Samples":
+        """Some of the samples."""
+        return Samples(*([column[i] for i in rows] for column in self))
+
+    def cut(self, num_chars: int) -> "tuple[Samples, int]":
+        """The samples with every text cut to `num_chars` characters, and how many samples that changed."""
+        cut = Samples(
+            [text[:num_chars] for text in self.responses],
+            [[t[:num_chars] for t in x] if isinstance(x, list) else x[:num_chars] for x in self.targets],
+            [text[:num_chars] for text in self.prompts],
+            self.items,
+        )
+        changed = sum(
+            before != after for before, after in zip(zip(*self, strict=True), zip(*cut, strict=True), strict=True)
+        )
+        return cut, changed
+
+
+def shortened(text: str, width: int = 80) -> str:
+    """The text in quotes, cut for a message."""
+    return repr(text if len(text) <= width else text[: width - 1] + "…")
+
+
+def _text(text: Any, place: str) -> str:
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise ValueError(f"{place} must be a text or None, got {text!r}")
+    return LONE_SURROGATE.sub("\ufffd", text)
+
+
+def _target(target: Any, place: str) -> Target:
+    """One reference as a text, several as a list of at least two."""
+    if not isinstance(target, (list, tuple)):
+        return _text(target, place)
+    references = [_text(reference, f"{place}[{i}]") for i, reference in enumerate(target)]
+    return references if len(references) > 1 else "".join(references)

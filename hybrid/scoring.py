@@ -1,0 +1,103 @@
+"""A file of responses through a reward: what `hybrid reward SPEC FILE` does."""
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+from hybrid.core import InputError, unknown_name
+from hybrid.rewards import Reward, RewardOutput
+from hybrid.run import filled_folder
+
+__all__ = ["COLUMNS", "component_table", "json_spec", "sample_table", "score_rows", "scored_rows", "write_rows"]
+
+# What a reward reads, and the column that it is in unless the user names another.
+COLUMNS = {"response": "response", "target": "target", "prompt": "prompt"}
+
+
+def score_rows(reward: Reward, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] = COLUMNS) -> RewardOutput:
+    """The reward's word on each row, all of them as one batch; the row itself is the item.
+
+    columns: the column of response, target and prompt. Only the response must be there.
+    """
+    known = sorted({name for row in rows for name in row})
+    for role, column in columns.items():
+        if column not in known and (role == "response" or column != COLUMNS[role]):
+            raise unknown_name("column", column, known, hint=f"Name it with --{role}.")
+    response, target, prompt = ([row.get(columns[role]) for row in rows] for role in COLUMNS)
+    try:
+        return reward.score(response, target, prompt, list(rows))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def scored_rows(rows: Sequence[Mapping[str, Any]], output: RewardOutput) -> list[dict[str, Any]]:
+    """Each row with its `reward` and the raw score of each component, as "reward/name"; None where there is none."""
+    components = {f"reward/{name}": column for name, column in output.components.items()}
+    return [
+        {**row, "reward": score if valid else None, **{name: column[i] for name, column in components.items()}}
+        for i, (row, score, valid) in enumerate(zip(rows, output, output.valid.tolist(), strict=True))
+    ]
+
+
+def json_spec(text: str) -> Any:
+    """A spec written out on the command line."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"the spec {text!r} is not JSON: {error}") from error
+
+
+def sample_table(
+    rows: Sequence[Mapping[str, Any]], output: RewardOutput, response: str, *, num_rows: int
+) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: the first rows' response, score and raw component scores."""
+    components = output.components if list(output.components.values()) != [output.raw] else {}
+    lines = [
+        [str(i), _shown(row.get(response)), _number(score), *(_number(column[i]) for column in components.values())]
+        for i, (row, score) in enumerate(zip(rows[:num_rows], output, strict=False))
+    ]
+    return ["row", "response", "reward", *components], lines
+
+
+def component_table(output: RewardOutput) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: each part's mean ± standard deviation over the file, failures and seconds."""
+    lines = []
+    for name, part in output.parts.items():
+        metrics = part.metrics()
+        spreads = [
+            f"{_number(metrics.get(f'{kind}_mean'))} ± {_number(metrics.get(f'{kind}_std'))}"
+            for kind in ("raw", "score", "weighted")
+        ]
+        failed = f"{metrics['invalid']:g}" + (f" ({metrics['timeouts']:g} late)" if metrics["timeouts"] else "")
+        lines.append([name, *spreads, failed, f"{part.seconds:.2f}"])
+    if valid := [score for score in output if not math.isnan(score)]:
+        total = f"{_number(fmean(valid))} ± {_number(pstdev(valid))}"
+        lines.append(["= reward", "", total, "", f"{len(output) - len(valid)}", ""])
+    return ["part", "raw", "postprocessed", "weighted", "failed", "s"], lines
+
+
+def write_rows(file: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as .jsonl or .csv; the file is there whole or not at all."""
+    file = Path(file)
+    if file.suffix not in (".jsonl", ".csv"):
+        raise InputError(f"output must be a .jsonl or .csv file, got {str(file)!r}")
+    with filled_folder(file.parent) as folder, (folder / file.name).open("w", encoding="utf-8", newline="") as stream:
+        if file.suffix == ".jsonl":
+            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        else:
+            writer = csv.DictWriter(stream, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def _shown(text: Any, width: int = 60) -> str:
+    text = " ".join(str(text or "").split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None or math.isnan(value) else f"{value:.3g}"
