@@ -174,12 +174,10 @@ class Reward:
         asked = [i for i, text in enumerate(samples.responses) if handling.empty_value is None or text.strip()]
         answers = self._ask(samples.of(asked)) if asked else Answers([], {}, {})
         failures = [row for row in answers.rows if isinstance(row, RewardError)]
-        counts |= {
-            "invalid": len(failures),
-            "timeouts": sum(isinstance(failure, RewardTimeout) for failure in failures),
-            **answers.counts,
-            **self.drain_counters(),
-        }
+        counts["invalid"] = len(failures)
+        counts["timeouts"] = sum(isinstance(failure, RewardTimeout) for failure in failures)
+        for name, count in (*answers.counts.items(), *self.drain_counters().items()):
+            counts[name] = counts.get(name, 0) + count
         rows: list[Row] = [handling.empty_value] * num_rows
         raw: list[float | None] = [None] * num_rows
         for i, answer, row in zip(asked, answers.rows, self._handled(answers.rows, samples.of(asked)), strict=True):

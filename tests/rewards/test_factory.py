@@ -170,6 +170,6 @@ def test_known_rewards_gives_aliases_parameters_and_summary():
     rows = {row.name: row for row in known_rewards()}
     assert rows["length_window"].aliases == ("length",)
     assert rows["length_window"].parameters[:2] == ("min: int = 30", "max: int = 200")
-    assert rows["test_shout"].parameters == ("batch: bool | None = None",)
+    assert rows["test_shout"].parameters[0] == "batch: bool | None = None"
     assert rows["test_shout"].summary == "Whether the response ends in an exclamation mark."
     assert {"python", "sentiment_lexicon", "weighted_sum"} <= rows.keys()

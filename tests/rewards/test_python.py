@@ -5,6 +5,7 @@ import pytest
 
 from hybrid.core import InputError
 from hybrid.rewards import make_reward
+from hybrid.rewards.base import RewardError, RewardTimeout
 
 
 class Prefix:
@@ -118,3 +119,106 @@ def test_a_function_is_found_in_the_working_directory(tmp_path, monkeypatch):
 def test_a_path_that_names_no_function_is_refused(path, message):
     with pytest.raises(InputError, match=message):
         python(path)
+
+
+ISOLATED = """
+import os, time
+
+def length(response, item):
+    if response == "hangs":
+        time.sleep(1e9)
+    if response == "dies":
+        os._exit(7)
+    return len(response) + (item or {"bonus": 0})["bonus"]
+
+def lengths(responses):
+    return [length(response, None) for response in responses]
+
+def shorter(responses):
+    return [1.0]
+"""
+
+
+@pytest.fixture
+def isolated(tmp_path, monkeypatch):
+    """isolated(name, ...): the reward of one of the functions above, in a process of its own."""
+    (tmp_path / "isolated_rewards.py").write_text(ISOLATED)
+    monkeypatch.chdir(tmp_path)
+
+    def make(name, **settings):
+        function = f"isolated_rewards:{name}"
+        return make_reward({"type": "python", "function": function, "isolate": True, "timeout": 1, **settings})
+
+    return make
+
+
+def test_an_isolated_function_scores_alike_in_either_form(isolated):
+    assert isolated("length").score(["a", "bb"]) == [1, 2]
+    assert isolated("lengths").score(["a", "bb"]) == [1, 2]
+    assert isolated("length")("abc", item={"bonus": 4}) == 7
+
+
+def test_a_hanging_call_is_a_timeout_that_shows_the_sample(isolated):
+    with pytest.raises(RewardTimeout, match=r"on response 'hangs': it took longer than timeout \(0.2 s\)"):
+        isolated("length", timeout=0.2)("hangs")
+
+
+def test_the_samples_around_a_hanging_one_are_scored(isolated):
+    reward = isolated("length", timeout=0.7, on_error="value", error_value=-1)
+    assert reward.score(["a", "hangs", "ccc"]) == [1, -1, 3]
+
+
+def test_a_crash_is_the_error_of_its_sample_and_in_the_batch_form_of_the_batch(isolated):
+    with pytest.raises(RewardError, match="on response 'dies': its process ended with exit code 7"):
+        isolated("length")("dies")
+    scores = {"length": [1, -1, 3], "lengths": [-1, -1, -1]}
+    for name, expected in scores.items():
+        assert isolated(name, on_error="value", error_value=-1).score(["a", "dies", "ccc"]) == expected
+
+
+def test_a_hanging_batch_is_waited_for_once(isolated):
+    output = isolated("lengths", timeout=0.7, on_error="value", error_value=-1).score(["a", "hangs", "ccc"])
+    assert output == [-1, -1, -1]
+    assert output.parts["python"].counts["timeouts"] == 3
+
+
+def test_an_isolated_function_must_return_one_number_per_response(isolated):
+    with pytest.raises(RewardError, match="must return a list of one number per response"):
+        isolated("shorter").score(["a", "bb"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"function": len, "isolate": True}, r"^REWARD.function must be given by name, as 'package.module:name'"),
+        ({"function": "math:sqrt", "timeout": 5.0}, r"^REWARD.timeout can be had only with isolate true, got 5.0"),
+        ({"function": "math:sqrt", "interpreter": "python"}, r"^REWARD.interpreter can be had only with isolate true"),
+        ({"function": "math:sqrt", "isolate": True, "timeout": 0}, r"^REWARD.timeout must be a positive number"),
+        ({"function": "math:pi", "isolate": True}, r"^REWARD.function must be a function or another callable object"),
+        ({"function": "json", "isolate": True}, r"^REWARD.function must look like 'package.module:name', got 'json'"),
+    ],
+)
+def test_what_cannot_be_isolated_is_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        make_reward({"type": "python", **settings})
+
+
+def test_a_batch_function_gets_the_whole_batch_and_a_one_sample_function_each_different_sample():
+    seen = []
+
+    def many(responses):
+        seen.append(list(responses))
+        return [1.0 for _ in responses]
+
+    def one(response):
+        seen.append(response)
+        return 1.0
+
+    make_reward(many).score(["a", "a", "b"])
+    make_reward(one).score(["a", "a", "b"])
+    assert seen == [["a", "a", "b"], "a", "b"]
+
+
+def test_several_references_reach_the_function_as_a_list():
+    reward = make_reward(lambda response, target: float(response in target))
+    assert reward.score(["a", "b"], [["a", "x"], "c"]) == [1, 0]

@@ -1,0 +1,181 @@
+"""Questions to a chat model over an OpenAI-compatible endpoint: many at once, each with its time and its retries."""
+
+import asyncio
+import time
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from hybrid.rewards.base import RewardError, RewardTimeout
+from hybrid.rewards.samples import shortened
+
+if TYPE_CHECKING:
+    import httpx
+
+__all__ = ["ChatClient"]
+
+T = TypeVar("T")
+MAX_BACKOFF = 60.0  # seconds between two tries, unless the server asks for more
+COUNTED = (
+    "requests",
+    "retries",
+    "request_timeouts",
+    "request_seconds",
+    "parse_failures",
+    "cache_hits",
+    "prompt_tokens",
+    "completion_tokens",
+)
+
+
+class _TryAgain(Exception):
+    """A failure that may pass. after: the seconds that the server asked us to wait, if it did."""
+
+    def __init__(self, failure: RewardError, after: float | None = None):
+        self.failure, self.after = failure, after
+
+
+@dataclass
+class ChatClient:
+    """Sends requests to {base_url}/chat/completions, `concurrency` at once, and gives back the replies' texts.
+
+    A 429, a 5xx, a time-out and a broken connection are tried again, `retries` times, after `backoff` seconds,
+    2 x backoff, 4 x backoff, ... or after what the server's Retry-After says; any other answer is an error at
+    once. `deadline` ends a question with all its tries, counted from when its first try starts.
+    """
+
+    base_url: str
+    key: str | None = field(repr=False)
+    timeout: float  # seconds for one try, whatever the server sends meanwhile
+    deadline: float
+    retries: int
+    backoff: float
+    concurrency: int
+    counters: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
+
+    def replies(self, requests: Sequence[dict[str, Any]]) -> list[str | RewardError]:
+        """The text that answers each request, or what went wrong with it."""
+        return _finished(self._replies(requests)) if requests else []
+
+    def count(self, name: str, amount: float = 1) -> None:
+        self.counters[name] += amount
+
+    async def _replies(self, requests: Sequence[dict[str, Any]]) -> list[str | RewardError]:
+        import httpx  # here, since `import hybrid` is to stay light
+
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        limits = httpx.Limits(max_connections=self.concurrency)
+        slots = asyncio.Semaphore(self.concurrency)
+        async with httpx.AsyncClient(headers=headers, limits=limits, timeout=None) as http:
+            return await asyncio.gather(*(self._reply(http, slots, request) for request in requests))
+
+    async def _reply(
+        self, http: "httpx.AsyncClient", slots: asyncio.Semaphore, request: dict[str, Any]
+    ) -> str | RewardError:
+        # A question that waits to try again keeps its slot: an overloaded server is not to be asked more meanwhile.
+        async with slots:
+            try:
+                async with asyncio.timeout(self.deadline):
+                    return await self._persistently(http, request)
+            except TimeoutError:
+                return RewardTimeout(f"no answer from {self.base_url} within deadline ({self.deadline:g} s)")
+            except RewardError as error:
+                return error
+
+    async def _persistently(self, http: "httpx.AsyncClient", request: dict[str, Any]) -> str:
+        ends = time.monotonic() + self.deadline
+        for tries in range(self.retries + 1):
+            try:
+                return await self._try(http, request)
+            except _TryAgain as error:
+                failure = error.failure
+                pause = error.after if error.after is not None else min(MAX_BACKOFF, self.backoff * 2 ** min(tries, 20))
+            if tries < self.retries:
+                if time.monotonic() + pause > ends:
+                    raise RewardTimeout(
+                        f"{failure}; the next try in {pause:g} s would be past deadline ({self.deadline:g} s)"
+                    )
+                self.count("retries")
+                await asyncio.sleep(pause)
+        raise type(failure)(f"{failure} (tried {self.retries + 1} times)")
+
+    async def _try(self, http: "httpx.AsyncClient", request: dict[str, Any]) -> str:
+        import httpx
+
+        self.count("requests")
+        began = time.monotonic()
+        try:
+            # httpx's own time-outs begin anew with every byte that comes.
+            async with asyncio.timeout(self.timeout):
+                response = await http.post(f"{self.base_url}/chat/completions", json=request)
+        except TimeoutError:
+            self.count("request_timeouts")
+            self._again(RewardTimeout(f"no answer from {self.base_url} within timeout ({self.timeout:g} s)"))
+        except httpx.TransportError as error:
+            self._again(
+                RewardError(f"no answer from {self.base_url}: {type(error).__name__}: {self._hidden(str(error))}")
+            )
+        except httpx.HTTPError as error:
+            raise RewardError(f"no answer from {self.base_url}: {type(error).__name__}") from None
+        finally:
+            self.count("request_seconds", time.monotonic() - began)
+        if response.status_code != 200:
+            failure = RewardError(
+                f"{self.base_url} answered {response.status_code}: {shortened(self._hidden(response.text), 200)}"
+            )
+            if response.status_code == 429 or response.status_code >= 500:
+                self._again(failure, _seconds(response.headers.get("Retry-After")))
+            raise failure
+        return self._text_in(response)
+
+    def _text_in(self, response: "httpx.Response") -> str:
+        try:
+            body = response.json()
+            text = body["choices"][0]["message"]["content"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            text = None
+        if not isinstance(text, str):
+            self.count("parse_failures")
+            raise RewardError(
+                f"{self.base_url} answered without choices[0].message.content: "
+                f"{shortened(self._hidden(response.text), 200)}"
+            )
+        usage = body.get("usage")
+        for name in ("prompt_tokens", "completion_tokens"):
+            amount = usage.get(name) if isinstance(usage, dict) else None
+            if isinstance(amount, int):
+                self.count(name, amount)
+        return self._hidden(text)
+
+    def _again(self, failure: RewardError, after: float | None = None) -> NoReturn:
+        raise _TryAgain(failure, after) from None
+
+    def _hidden(self, text: str) -> str:
+        """A text from outside, without our key: servers quote it when they refuse it."""
+        return text.replace(self.key, "***") if self.key else text
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """The wait that a Retry-After header asks for, given in seconds or as a date."""
+    if retry_after is None:
+        return None
+    with suppress(ValueError):
+        return max(0.0, float(retry_after))
+    with suppress(ValueError):
+        date = parsedate_to_datetime(retry_after)
+        return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+    return None
+
+
+def _finished(coroutine: Coroutine[Any, Any, T]) -> T:
+    """The coroutine's result, also where an event loop is already running, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()
