@@ -10,7 +10,7 @@ import torch
 from hybrid.core import InputError, first_line
 from hybrid.rewards.base import Reward
 
-__all__ = ["ModelReward", "batched", "pretrained", "shared"]
+__all__ = ["ModelReward", "existing_model", "pretrained", "shared"]
 
 T = TypeVar("T")
 _shared: dict[tuple[Any, ...], Any] = {}
@@ -29,11 +29,7 @@ class ModelReward(Reward):
     device: str | None  # None: the GPU where there is one
 
     def __post_init__(self) -> None:
-        # A path that is not there is told now, before anything loads; a hub name cannot be.
-        if os.path.isabs(self.model) or self.model.startswith((".", "~")):
-            self.model = str(Path(self.model).expanduser())
-            if not Path(self.model).exists():
-                raise InputError(f"model {self.model!r} does not exist")
+        self.model = existing_model(self.model)
 
     def setup(self, device: str | torch.device | None = None) -> None:
         """Load the model. device: where, unless the spec says."""
@@ -55,6 +51,18 @@ class ModelReward(Reward):
             return self._model_scores(self._loaded, responses, targets, prompts, items)
 
 
+def existing_model(name: str, parameter: str = "model") -> str:
+    """`name`, with ~ written out where it is a path. Raises InputError if it is a path to nothing.
+
+    So a path that is not there is told before anything loads; of a hub's name that cannot be known.
+    """
+    if os.path.isabs(name) or name.startswith((".", "~")):
+        name = str(Path(name).expanduser())
+        if not Path(name).exists():
+            raise InputError(f"{parameter} {name!r} does not exist")
+    return name
+
+
 def shared(load: Callable[..., T], name: str, device: torch.device, *options: Any) -> T:
     """`load(name, device, *options)`, once for each: rewards that name one model share it."""
     key = (load, name, str(device), *options)
@@ -73,20 +81,3 @@ def pretrained(auto_class: str, name: str, device: torch.device) -> tuple[Any, A
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
     return tokenizer, model.to(device).eval().requires_grad_(False)
-
-
-def batched(
-    inputs: Sequence[T],
-    function: Callable[[list[T]], Sequence[float]],
-    *,
-    batch_size: int,
-    length: Callable[[T], int],
-) -> list[float]:
-    """`function` of the inputs, in batches of similar length so that little is padding; in the inputs' order."""
-    order = sorted(range(len(inputs)), key=lambda i: length(inputs[i]))
-    results = [0.0] * len(inputs)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        for row, result in zip(rows, function([inputs[i] for i in rows]), strict=True):
-            results[row] = float(result)
-    return results

@@ -59,6 +59,14 @@ def test_bad_bounds_and_units_are_refused(settings, message):
 
 
 @pytest.mark.slow
-def test_a_tokenizer_that_cannot_be_loaded_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"REWARD.tokenizer .* cannot be loaded"):
-        length_window(unit="tokens", tokenizer=str(tmp_path))
+def test_a_tokenizer_that_cannot_be_loaded_is_refused_when_it_is_needed(tmp_path):
+    reward = length_window(unit="tokens", tokenizer=str(tmp_path))
+    with pytest.raises(InputError, match=r"^tokenizer .* cannot be loaded"):
+        reward.setup()
+    with pytest.raises(InputError, match=r"^tokenizer .* cannot be loaded"):
+        reward("a")
+
+
+def test_a_real_tokenizer_is_loaded_by_its_folder(stories):
+    reward = length_window(min=4, max=9, unit="tokens", tokenizer=stories)
+    assert reward("Once upon a time") == 1.0

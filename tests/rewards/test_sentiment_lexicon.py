@@ -4,7 +4,6 @@ import pytest
 
 from hybrid.core import InputError
 from hybrid.rewards import make_reward
-from hybrid.rewards.leaves import sentiment_lexicon
 
 
 def test_score_is_vaders_compound():
@@ -25,7 +24,6 @@ def test_an_unknown_field_is_refused():
 
 
 def test_without_vader_the_error_says_what_to_install(monkeypatch):
-    sentiment_lexicon._analyzer.cache_clear()
-    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
-    with pytest.raises(InputError, match="'sentiment_lexicon' needs vaderSentiment: pip install vaderSentiment"):
-        make_reward({"type": "sentiment_lexicon"})
+    monkeypatch.setitem(sys.modules, "vaderSentiment", None)
+    with pytest.raises(InputError, match="'sentiment_lexicon' needs vaderSentiment: pip install 'vaderSentiment'"):
+        make_reward({"type": "vader"})

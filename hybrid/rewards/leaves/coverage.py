@@ -20,7 +20,7 @@ __all__ = ["Coverage", "EntityConsistency"]
 CHARS_FOR_SPACY = 20_000  # 1 s where they are all emoji, 0.3 s in words
 
 # English words that carry grammar rather than content. A possessive 's is taken off before they are looked up.
-STOPWORDS = """
+ENGLISH = """
 a about above after again all also am among an and any are aren't as at be because been before being below between
 both but by can can't cannot could couldn't did didn't do does doesn't doing don't down during each either else
 etc every few for from further had hadn't has hasn't have haven't having he he'd he'll her here hers herself him
@@ -31,6 +31,7 @@ these they they'd they'll they're they've this those though through thus to too 
 wasn't we we'd we'll we're we've were weren't what when where whether which while who whom whose why will with
 within without won't would wouldn't yet you you'd you'll you're you've your yours yourself yourselves
 """
+STOPWORDS = frozenset(ENGLISH.split())
 
 
 @register_reward("coverage")
@@ -53,7 +54,7 @@ class Coverage(Reward):
         if self.unit == "entities":
             self.model = _installed(self.model, reward="coverage")
             self.char_limit = CHARS_FOR_SPACY
-        stopwords = [STOPWORDS] if self.stopwords == "english" else self.stopwords or []
+        stopwords = STOPWORDS if self.stopwords == "english" else self.stopwords or []
         self._stopwords = {word for phrase in stopwords for word in _words(phrase)}
 
     def setup(self, device: str | torch.device | None = None) -> None:

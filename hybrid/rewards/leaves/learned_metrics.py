@@ -73,7 +73,8 @@ class Comet(LearnedMetric):
 class Bleurt(LearnedMetric):
     """BLEURT: how much the response says what the target says; about 0 to 1.
 
-    model: a name on the Hugging Face hub or a folder. bleurt-pytorch itself was not tried here. Source: Sellam et al. 2020, arXiv:2004.04696.
+    model: a name on the Hugging Face hub or a folder. bleurt-pytorch itself was not tried here.
+    Source: Sellam et al. 2020, arXiv:2004.04696.
     """
 
     package, module, function = "git+https://github.com/lucadiliello/bleurt-pytorch.git", "bleurt_pytorch", "bleurt"

@@ -1,0 +1,75 @@
+"""A preference model as a reward: any sequence classification checkpoint with a scalar answer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from hybrid.core import InputError
+from hybrid.rewards.base import register_reward
+from hybrid.rewards.classify import Classifier, label_index, load_classifier, logits
+from hybrid.rewards.models import ModelReward, existing_model, shared
+
+__all__ = ["RewardModel"]
+
+
+@register_reward("reward_model")
+@dataclass
+class RewardModel(ModelReward):
+    """The raw score of a preference model for prompt and response; any number.
+
+    path: a checkpoint for sequence classification, a folder or of the hub. Of one output the score is that; of
+    several it is the logit of `label`. What the model reads is, by `input`,
+
+        chat   the prompt as the user's turn and the response as the assistant's, in the tokenizer's chat template
+        pair   the two texts of a pair; of an empty prompt the response alone
+        text   prompt + response, one text
+        auto   chat where the tokenizer has a template, else pair where it has a separator token, else text
+    """
+
+    path: str
+    label: str | None = None
+    input: Literal["auto", "chat", "pair", "text"] = "auto"
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        self.model = existing_model(self.path, "path")
+
+    def _load(self, device: torch.device) -> tuple[Classifier, str, int]:
+        classifier = shared(load_classifier, self.model, device)
+        tokenizer, labels = classifier.tokenizer, classifier.labels
+        if self.label is None and len(labels) > 1:
+            raise InputError(f"label must say which output of {self.model!r} is the score: {', '.join(labels)}")
+        if self.input == "chat" and not tokenizer.chat_template:
+            raise InputError(f"input 'chat' needs a tokenizer with a chat template, that of {self.model!r} has none")
+        auto = "chat" if tokenizer.chat_template else "pair" if tokenizer.sep_token else "text"
+        index = 0 if self.label is None else label_index(labels, self.label, "label")
+        return classifier, auto if self.input == "auto" else self.input, index
+
+    def _model_scores(
+        self,
+        loaded: tuple[Classifier, str, int],
+        responses: list[str],
+        targets: list[str],
+        prompts: list[str],
+        items: list[Any],
+    ) -> Sequence[float]:
+        classifier, form, index = loaded
+        samples = list(zip(prompts, responses, strict=True))
+        if form == "chat":
+            texts = [_chat(classifier.tokenizer, *sample) for sample in samples]
+            return logits(classifier, texts, special_tokens=False)[:, index].tolist()
+        if form == "text":
+            return logits(classifier, [prompt + response for prompt, response in samples])[:, index].tolist()
+        scores = torch.zeros(len(samples))
+        alone = [i for i, prompt in enumerate(prompts) if not prompt]
+        paired = [i for i, prompt in enumerate(prompts) if prompt]
+        scores[alone] = logits(classifier, [responses[i] for i in alone])[:, index]
+        scores[paired] = logits(classifier, [samples[i] for i in paired])[:, index]
+        return scores.tolist()
+
+
+def _chat(tokenizer: Any, prompt: str, response: str) -> str:
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    return tokenizer.apply_chat_template(turns, tokenize=False)
