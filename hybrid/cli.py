@@ -173,7 +173,7 @@ def _score_file(args: argparse.Namespace) -> None:
     if args.output is not None:
         write_rows(args.output, scored_rows(rows, output))
     _table(*sample_table(rows, output, columns["response"], num_rows=args.rows))
-    _table(*component_table(output))
+    _table(*component_table(output), wrap=False)
 
 
 def _names(args: argparse.Namespace) -> None:
@@ -183,15 +183,15 @@ def _names(args: argparse.Namespace) -> None:
         _table(("name", "keys (defaults)", ""), listing(args.kind))
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, wrap: bool = True) -> None:
     from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(*header, box=box.SIMPLE_HEAD)
-    for column in table.columns:
-        column.overflow = "fold"
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in header:
+        table.add_column(name, overflow="fold", no_wrap=not wrap)
     for row in rows:
         table.add_row(*map(escape, row))
     Console().print(table)

@@ -54,8 +54,9 @@ def json_spec(text: str) -> Any:
 def sample_table(
     rows: Sequence[Mapping[str, Any]], output: RewardOutput, response: str, *, num_rows: int
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and lines: the first rows' response, score and raw component scores."""
-    components = output.components if list(output.components.values()) != [output.raw] else {}
+    """Header and lines: the first rows' response, score and the raw scores of what the reward is made of."""
+    outermost = {name: column for name, column in output.components.items() if "/" not in name}
+    components = outermost if list(outermost.values()) != [output.raw] else {}
     lines = [
         [str(i), _shown(row.get(response)), _number(score), *(_number(column[i]) for column in components.values())]
         for i, (row, score) in enumerate(zip(rows[:num_rows], output, strict=False))
@@ -69,14 +70,13 @@ def component_table(output: RewardOutput) -> tuple[list[str], list[list[str]]]:
     for name, part in output.parts.items():
         metrics = part.metrics()
         spreads = [
-            f"{_number(metrics.get(f'{kind}_mean'))} ± {_number(metrics.get(f'{kind}_std'))}"
-            for kind in ("raw", "score", "weighted")
+            _spread(metrics.get(f"{kind}_mean"), metrics.get(f"{kind}_std")) for kind in ("raw", "score", "weighted")
         ]
         failed = f"{metrics['invalid']:g}" + (f" ({metrics['timeouts']:g} late)" if metrics["timeouts"] else "")
-        lines.append([name, *spreads, failed, f"{part.seconds:.2f}"])
+        *outer, own_name = name.split("/")
+        lines.append(["  " * len(outer) + own_name, *spreads, failed, f"{part.seconds:.2f}"])
     if valid := [score for score in output if not math.isnan(score)]:
-        total = f"{_number(fmean(valid))} ± {_number(pstdev(valid))}"
-        lines.append(["= reward", "", total, "", f"{len(output) - len(valid)}", ""])
+        lines.append(["= reward", "", _spread(fmean(valid), pstdev(valid)), "", f"{len(output) - len(valid)}", ""])
     return ["part", "raw", "postprocessed", "weighted", "failed", "s"], lines
 
 
@@ -94,9 +94,13 @@ def write_rows(file: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
             writer.writerows(rows)
 
 
-def _shown(text: Any, width: int = 60) -> str:
+def _shown(text: Any, width: int = 36) -> str:
     text = " ".join(str(text or "").split())
     return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _spread(mean: float | None, std: float | None) -> str:
+    return "n/a" if mean is None or std is None else f"{mean:.3g} ± {std:.2g}"
 
 
 def _number(value: float | None) -> str:

@@ -44,6 +44,23 @@ def test_the_smoke_test_shows_two_batches(shared, stories):
         assert sum(name in line for line in lines) >= 2, lines
 
 
+def test_the_custom_reward_shows_scores_and_a_log():
+    lines = run("examples/custom_reward.py")
+    assert lines[:3] == ["1.00  Paris is the capital.", "0.00  Perhaps Paris, maybe Rome.", "0.00  Paris"]
+    assert lines[3] == "reward/hedging/raw_mean = 0.67"
+
+
+def test_the_readmes_scores_of_the_example_spec_are_what_the_command_prints(monkeypatch):
+    pytest.importorskip("spellchecker")
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run("-m", "hybrid", "reward", "examples/reward.json", "examples/responses.jsonl")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    # The last column holds seconds.
+    rows = [line.rstrip().rsplit(" ", 1)[0].rstrip() for line in lines if "±" in line or "…" in line]
+    assert len(rows) == 8
+    assert set(rows) <= {line.rsplit(" ", 1)[0].rstrip() for line in readme}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_example_config_is_valid(path):
     HybridConfig.from_file(path)

@@ -257,7 +257,8 @@ def test_metrics_are_over_the_rows_that_have_a_score():
     metrics = reward.score(["a", "b", "c"]).metrics()
     assert metrics.pop("seconds_reward/Returns") >= 0
     assert metrics == {
-        "reward/Returns/raw_mean": 2, "reward/Returns/raw_std": 1, "reward/Returns/score_mean": 4, "reward/Returns/score_std": 2,
+        "reward/Returns/raw_mean": 2, "reward/Returns/raw_std": 1,
+        "reward/Returns/score_mean": 4, "reward/Returns/score_std": 2,
         "reward/Returns/weighted_mean": 4, "reward/Returns/weighted_std": 2,
         "reward/Returns/invalid": 1, "reward/Returns/timeouts": 0, "reward/Returns/cache_hits": 0,
     }  # fmt: skip
