@@ -15,7 +15,16 @@ from hybrid.mixing import make_strategy
 from hybrid.optim import listing, listing_markdown
 from hybrid.rewards import RewardError, make_reward, reward_listing, reward_markdown, reward_schema
 from hybrid.run import CONFIG, EXPORT, summary, summary_table, write_report
-from hybrid.scoring import COLUMNS, component_table, json_spec, sample_table, score_rows, scored_rows, write_rows
+from hybrid.scoring import (
+    COLUMNS,
+    component_table,
+    json_spec,
+    output_file,
+    sample_table,
+    score_rows,
+    scored_rows,
+    write_rows,
+)
 from hybrid.trainer import HybridTrainer
 
 __all__ = ["main"]
@@ -167,6 +176,8 @@ def _reward(args: argparse.Namespace) -> None:
 
 def _score_file(args: argparse.Namespace) -> None:
     reward = make_reward(json_spec(args.spec) if args.spec.lstrip().startswith("{") else args.spec)
+    if args.output is not None:
+        output_file(args.output)
     rows = read_rows(args.file)
     columns = {role: getattr(args, role) for role in COLUMNS}
     output = score_rows(reward, rows, columns)

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -136,7 +136,13 @@ class HybridConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts and lists, every default written out; `from_dict` reads them back."""
-        return {**asdict(self), "references": [asdict(reference) for reference in self.references]}
+        # A Reward is a dataclass of its own making: its spec says what it is.
+        reward = getattr(self.reward, "spec", None) or self.reward
+        return {
+            **asdict(replace(self, reward=None)),
+            "references": [asdict(reference) for reference in self.references],
+            "reward": reward,
+        }
 
     def save(self, path: Path) -> None:
         """Write the resolved config as YAML; a function in it by its name, "module:name"."""

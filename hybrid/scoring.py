@@ -12,7 +12,16 @@ from hybrid.core import InputError, unknown_name
 from hybrid.rewards import Reward, RewardOutput
 from hybrid.run import filled_folder
 
-__all__ = ["COLUMNS", "component_table", "json_spec", "sample_table", "score_rows", "scored_rows", "write_rows"]
+__all__ = [
+    "COLUMNS",
+    "component_table",
+    "json_spec",
+    "output_file",
+    "sample_table",
+    "score_rows",
+    "scored_rows",
+    "write_rows",
+]
 
 # What a reward reads, and the column that it is in unless the user names another.
 COLUMNS = {"response": "response", "target": "target", "prompt": "prompt"}
@@ -80,12 +89,19 @@ def component_table(output: RewardOutput) -> tuple[list[str], list[list[str]]]:
     return ["part", "raw", "postprocessed", "weighted", "failed", "s"], lines
 
 
+def output_file(file: str | Path) -> Path:
+    """The path, if its name says a format that can be written. Raises InputError."""
+    if Path(file).suffix not in (".jsonl", ".csv"):
+        raise InputError(f"output must be a .jsonl or .csv file, got {str(file)!r}")
+    return Path(file)
+
+
 def write_rows(file: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows as .jsonl or .csv; the file is there whole or not at all."""
-    file = Path(file)
-    if file.suffix not in (".jsonl", ".csv"):
-        raise InputError(f"output must be a .jsonl or .csv file, got {str(file)!r}")
-    with filled_folder(file.parent) as folder, (folder / file.name).open("w", encoding="utf-8", newline="") as stream:
+    file = output_file(file)
+    # A lone surrogate is no UTF-8, but its backslash form is the right JSON escape.
+    options: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+    with filled_folder(file.parent) as folder, (folder / file.name).open("w", **options) as stream:
         if file.suffix == ".jsonl":
             stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         else:
@@ -96,6 +112,8 @@ def write_rows(file: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _shown(text: Any, width: int = 36) -> str:
     text = " ".join(str(text or "").split())
+    # A response may hold what a terminal obeys.
+    text = "".join(c if c.isprintable() else "\ufffd" for c in text)
     return text if len(text) <= width else text[: width - 1] + "…"
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hybrid import HybridConfig, InputError
+from hybrid import HybridConfig, InputError, make_reward
 
 
 @pytest.fixture
@@ -42,6 +42,11 @@ def test_overrides_win_over_the_file(file):
     config = HybridConfig.from_file(file("ppo:\n  epochs: 8\n"), ["ppo.epochs=2", "model.name=gpt2", "kl.coef=1e-3"])
     assert (config.ppo.epochs, config.model.name, config.kl.coef) == (2, "gpt2", 1e-3)
     assert HybridConfig.from_file(file("{}"), {"ppo.epochs": 3}).ppo.epochs == 3
+
+
+def test_a_reward_in_a_config_is_written_as_its_spec():
+    spec = {"type": "length_window", "min": 3}
+    assert HybridConfig(reward=make_reward(spec)).to_dict()["reward"] == spec
 
 
 def test_to_dict_reads_back_as_itself():

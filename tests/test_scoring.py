@@ -57,6 +57,19 @@ def test_scored_rows_are_written_whole(tmp_path, suffix):
     assert rows[2]["response"] == "é 日本"
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_half_a_character_can_be_written(tmp_path, suffix):
+    write_rows(tmp_path / f"scores.{suffix}", [{"response": "a\ud800"}])
+    assert "a\\ud800" in (tmp_path / f"scores.{suffix}").read_text(encoding="utf-8")
+
+
+def test_what_a_terminal_would_obey_is_not_shown(tmp_path, capsys):
+    file = tmp_path / "responses.jsonl"
+    file.write_text(json.dumps({"response": "a\x1b[31m\ud800 b"}) + "\n")
+    assert main(["reward", '{"type": "vader"}', str(file)]) == 0
+    assert "a\ufffd[31m\ufffd b" in capsys.readouterr().out
+
+
 def test_a_row_without_a_score_has_none():
     reward = make_reward(
         {"type": "python", "function": lambda response: {"a b": 1.0}.get(response), "on_error": "skip"}

@@ -74,15 +74,18 @@ class Reward:
 
     Its parameters are the fields of its dataclass, or what its `__init__` takes; bad ones raise InputError
     with a message that starts with the parameter's name. The hooks' results are checked here, once, for all;
-    `_score` may put an exception in the place of a number. Equal samples are asked about once, and of several
-    references the best counts. A reward that remembers implements `_state` and `_load_state` too.
+    `_score` may put an exception in the place of a number. Samples that agree in what the reward `reads` are asked
+    about once, and of several references the best counts. A reward that remembers implements `_state` and
+    `_load_state` too.
     """
 
     # In logs and errors: the registered name, unless the spec gives another. Not `name`: a parameter may be.
     component_name = "reward"
     handling = Handling()
+    spec: Any = None  # what `make_reward` made it from
     needs_batch: bool = False  # the score depends on the other samples, or on earlier ones
     takes_references: bool = False  # the target is handed on as it came, be it a list
+    reads: tuple[str, ...] = ("response", "target", "prompt", "item")  # what makes two samples different
     char_limit: int | None = None  # the `max_chars` of this type, where the spec gives none
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -127,19 +130,17 @@ class Reward:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` gave. Raises ValueError if it is another reward's."""
-        own, other = _shape(self.state_dict()), _shape(state)
-        if own != other:
-            raise ValueError(
-                f"reward {self.component_name!r} has the state {own}, got {other}: "
-                "the checkpoint is from a run with another reward"
-            )
-        self._load_state(state.get("reward", {}))
-        for step, saved in zip(self.handling.postprocess, state.get("postprocess", []), strict=True):
+        self._check_state(state)
+        self._load_state(state["reward"])
+        for step, saved in zip(self.handling.postprocess, state["postprocess"], strict=True):
             step.load_state_dict(saved)
 
     def drain_counters(self) -> dict[str, float]:
         """What the reward has counted since it was last asked this, for the log."""
         return {}
+
+    def _prepare(self) -> None:
+        """Load what is not loaded yet: what fails here is no sample's fault."""
 
     def _score_one(self, response: str, target: Any, prompt: str, item: Any) -> float:
         raise NotImplementedError(f"{type(self).__name__} must implement _score_one or _score")
@@ -160,6 +161,15 @@ class Reward:
 
     def _load_state(self, state: dict[str, Any]) -> None:
         """Take up what `_state` gave."""
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        """Raises ValueError where `state` is not of a reward like this one. Nothing has been loaded by then."""
+        own, other = _names(self.state_dict()), _names(state)
+        if own != other:
+            raise ValueError(
+                f"reward {self.component_name!r} has the state {own}, got {other}: "
+                "the checkpoint is from a run with another reward"
+            )
 
     def _run(self, samples: Samples) -> tuple[list[Row], Part, dict[str, Part]]:
         """All that happens to a batch of checked samples, whatever the reward: limits, the reward, its `handling`.
@@ -197,7 +207,8 @@ class Reward:
             several = isinstance(target, list) and not self.takes_references
             asked_for.append([])
             for reference in target if several else [target]:
-                key = (response, str(reference), prompt, id(item))
+                sample = {"response": response, "target": reference, "prompt": prompt, "item": id(item)}
+                key = tuple(tuple(x) if isinstance(x, list) else x for x in map(sample.get, self.reads))
                 if key not in places:
                     places[key] = len(distinct)
                     distinct.append((response, reference, prompt, item))
@@ -209,6 +220,7 @@ class Reward:
     def _answers(self, samples: Samples) -> list[Row]:
         """The hook's word on each sample, checked. A batch that fails is asked one by one, to fail where it must."""
         responses = samples.responses
+        self._prepare()
         try:
             values = self._score(*samples)
         except InputError:  # what the reward needs cannot be loaded: no sample's fault
@@ -256,7 +268,8 @@ class Reward:
             number = math.nan if isinstance(value, (str, bytes)) else float(value)
         except (TypeError, ValueError, OverflowError, RuntimeError):  # torch raises RuntimeError
             number = math.nan
-        if math.isfinite(number):
+        # A score is a float32 in the end.
+        if abs(number) <= torch.finfo(torch.float32).max:
             return number
         return RewardError(
             f"reward {self.component_name!r} returned {value!r} for response {shortened(response)}; "
@@ -295,6 +308,8 @@ def _number_in(row: Row) -> float | None:
     return row if isinstance(row, float) else None
 
 
-def _shape(state: dict[str, Any]) -> Any:
-    """What tells one reward's state from another's: the names in it, and how many steps."""
-    return sorted(state.get("reward", state)), len(state.get("postprocess", []))
+def _names(state: dict[str, Any]) -> list[list[str]]:
+    """What tells one reward's state from another's: the names in it, and those of each of its steps."""
+    if state.keys() != {"reward", "postprocess"}:
+        return [sorted(state)]
+    return [sorted(part) for part in (state["reward"], *state["postprocess"])]

@@ -27,7 +27,7 @@ class Composite(Reward):
     """A reward made of others, by name. A kind of it implements `_combine`, for one sample.
 
     Two components of one name become "name" and "name#2". A sample that a component fails on fails here too; a
-    component that skips a sample takes no part in it.
+    component that skips a sample takes no part in it, and one that all of them skip is skipped.
     """
 
     takes_weights: ClassVar[bool] = False
@@ -64,8 +64,7 @@ class Composite(Reward):
             if failed:
                 rows.append(failed[0])
             elif not present:
-                why = f"reward {self.component_name!r}: every component skipped response {shortened(text)}"
-                rows.append(RewardError(why))
+                rows.append(None)
             else:
                 rows.append(self._combined_row([row[i] for i in present], [weights[i] for i in present], text))
         return Answers(rows, parts, {})
@@ -90,6 +89,11 @@ class Composite(Reward):
 
     def _state(self) -> dict[str, Any]:
         return {name: component.reward.state_dict() for name, component in self.components.items()}
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        super()._check_state(state)
+        for name, component in self.components.items():
+            component.reward._check_state(state["reward"][name])
 
     def _load_state(self, state: dict[str, Any]) -> None:
         for name, component in self.components.items():
@@ -151,6 +155,11 @@ class Gated(WeightedSum):
         if len(components) < 2:
             raise InputError(f"components must be the gate and at least one more, got {len(components)}")
         super().__init__(components)
+        for name, value in (("threshold", threshold), ("otherwise", otherwise)):
+            if not math.isfinite(value):
+                raise InputError(f"{name} must be finite, got {value}")
+        if components[0].weight != 1:
+            raise InputError(f"components[0].weight means nothing: it is the gate's, got {components[0].weight}")
         self.threshold, self.otherwise = threshold, float(otherwise)
 
     def _ask(self, samples: Samples) -> Answers:

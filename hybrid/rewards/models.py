@@ -34,7 +34,12 @@ class ModelReward(Reward):
     def setup(self, device: str | torch.device | None = None) -> None:
         """Load the model. device: where, unless the spec says."""
         fallback = "cuda" if torch.cuda.is_available() else "cpu"
-        self._loaded = self._load(torch.device(self.device or device or fallback))
+        try:
+            self._loaded = self._load(torch.device(self.device or device or fallback))
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"reward {self.component_name!r} cannot be loaded: {first_line(error)}") from error
 
     def _load(self, device: torch.device) -> Any:
         raise NotImplementedError(f"{type(self).__name__} must implement _load")
@@ -44,9 +49,11 @@ class ModelReward(Reward):
     ) -> Sequence[float]:
         raise NotImplementedError(f"{type(self).__name__} must implement _model_scores")
 
-    def _score(self, responses: list[str], targets: list[str], prompts: list[str], items: list[Any]) -> Sequence[float]:
+    def _prepare(self) -> None:
         if not hasattr(self, "_loaded"):
             self.setup()
+
+    def _score(self, responses: list[str], targets: list[str], prompts: list[str], items: list[Any]) -> Sequence[float]:
         with torch.inference_mode():
             return self._model_scores(self._loaded, responses, targets, prompts, items)
 
@@ -77,7 +84,10 @@ def pretrained(auto_class: str, name: str, device: torch.device) -> tuple[Any, A
 
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model = getattr(transformers, auto_class).from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+        model, loading = getattr(transformers, auto_class).from_pretrained(name, output_loading_info=True)
+    except Exception as error:
         raise InputError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
+    if missing := sorted(loading["missing_keys"]):
+        # transformers fills them with random numbers, and warns.
+        raise InputError(f"model {name!r} has no {', '.join(missing[:3])}: it is not of the kind {auto_class}")
     return tokenizer, model.to(device).eval().requires_grad_(False)

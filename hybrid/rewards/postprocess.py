@@ -80,23 +80,23 @@ class EMANormalize(Postprocess):
         self._var = 1.0
 
     def __call__(self, scores: list[float]) -> list[float]:
-        mean, var, d = self._mean, self._var, self.decay
-        normalized = []
-        for x in scores:
-            mean = d * (x if mean is None else mean) + (1 - d) * x
-            var = d * var + (1 - d) * (x - mean) * (x - mean)
-            normalized.append((x - mean) / math.sqrt(var + self.eps))
-        # A score so large that its square is infinite fails as a score, and is not remembered.
-        if mean is None or (math.isfinite(mean) and math.isfinite(var)):
-            self._mean, self._var = mean, var
-            return normalized
-        return [math.nan] * len(scores)
+        return [self._normalized(score) for score in scores]
+
+    def _normalized(self, x: float) -> float:
+        # No overflow: scores are float32 numbers, and these are Python's doubles.
+        d = self.decay
+        self._mean = d * (x if self._mean is None else self._mean) + (1 - d) * x
+        self._var = d * self._var + (1 - d) * (x - self._mean) ** 2
+        return (x - self._mean) / math.sqrt(self._var + self.eps)
 
     def state_dict(self) -> dict[str, Any]:
         return {"mean": self._mean, "var": self._var}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._mean, self._var = state["mean"], state["var"]
+        mean, var = state["mean"], state["var"]
+        if not (mean is None or isinstance(mean, float)) or not isinstance(var, float):
+            raise ValueError(f"ema_normalize: mean and var must be numbers, got {mean!r} and {var!r}")
+        self._mean, self._var = mean, var
 
 
 def _check_finite(**values: float) -> None:

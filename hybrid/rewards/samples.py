@@ -35,8 +35,8 @@ class Samples(NamedTuple):
         empty = [None] * len(responses)
         return cls(
             [_text(text, f"responses[{i}]") for i, text in enumerate(responses)],
-            [_target(target, f"targets[{i}]") for i, target in enumerate(targets or empty)],
-            [_text(text, f"prompts[{i}]") for i, text in enumerate(prompts or empty)],
+            [_target(target, f"targets[{i}]") for i, target in enumerate(empty if targets is None else targets)],
+            [_text(text, f"prompts[{i}]") for i, text in enumerate(empty if prompts is None else prompts)],
             list(empty if items is None else items),
         )
 

@@ -30,13 +30,16 @@ class BadFunction(ValueError):
     """No reward can be made of it; the message starts with "function"."""
 
 
-def bound(function: Any, batch: bool | None) -> tuple[bool, Callable[..., Any]]:
-    """Whether `function` takes lists, and a call of it with response, target, prompt, item, or lists of them.
+def bound(function: Any, batch: bool | None) -> tuple[bool, tuple[str, ...], Callable[..., Any]]:
+    """Whether `function` takes lists; what it reads of a sample; a call of it with response, target, prompt, item, or
+    lists of them.
 
     Raises BadFunction if its signature does not say what it wants.
     """
     if isinstance(function, type) or not callable(function):
         raise BadFunction(f"function must be a function or another callable object, got {function!r}")
+    if inspect.iscoroutinefunction(function):
+        raise BadFunction(f"function must return its score, and an async one returns a coroutine: {function!r}")
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError) as error:
@@ -72,7 +75,7 @@ def bound(function: Any, batch: bool | None) -> tuple[bool, Callable[..., Any]]:
         arguments = {name: sample[i] for name, i in wanted.items()}
         return function(*[arguments.pop(name) for name in positional], **arguments)
 
-    return takes_lists, call
+    return takes_lists, tuple(ONE[i] for i in sorted(wanted.values())), call
 
 
 def loaded(path: str) -> Any:
@@ -122,7 +125,7 @@ def serve(channel: socket.socket) -> None:
         sys.path[:] = first["path"]
     takes_lists, call = False, None
     try:
-        takes_lists, call = bound(loaded(first["function"]), first["batch"])
+        takes_lists, _, call = bound(loaded(first["function"]), first["batch"])
         reply: dict[str, Any] = {"value": takes_lists}
     except Exception as error:  # noqa: BLE001 - the parent raises it
         reply = _failed(error)

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-__all__ = ["ngrams", "words", "words_and_symbols"]
+__all__ = ["UNSPACED", "ngrams", "plain", "words", "words_and_symbols"]
 
 # Scripts that put no spaces between words: there each character is a word.
-UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 LETTER = rf"[[\p{{L}}\p{{N}}]--{UNSPACED}]\p{{M}}*+"
 # Inside a word stand apostrophes ("don't"), and points and commas between digits ("3.14").
 WORD = rf"(?:{LETTER})++(?:(?:'|(?<=\p{{N}})[.,](?=\p{{N}}))(?:{LETTER})++)*+|{UNSPACED}\p{{M}}*+"
@@ -20,12 +20,12 @@ def words(text: str) -> list[str]:
 
     Linear in the text's length, whatever is in it.
     """
-    return _pattern(WORD).findall(_plain(text))
+    return _pattern(WORD).findall(plain(text))
 
 
 def words_and_symbols(text: str) -> list[str]:
     """As `words`, with each emoji, currency or mathematical sign as a word of its own."""
-    return _pattern(f"{WORD}|{SYMBOL}").findall(_plain(text))
+    return _pattern(f"{WORD}|{SYMBOL}").findall(plain(text))
 
 
 def ngrams(words: Sequence[str], n: int) -> list[str]:
@@ -34,7 +34,8 @@ def ngrams(words: Sequence[str], n: int) -> list[str]:
     return [" ".join(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """The text in lower case, with accents composed and straight apostrophes."""
     text = text.lower().replace("\u2019", "'")
     if text.isascii():
         return text

@@ -110,7 +110,7 @@ def test_a_wrong_number_of_values_is_refused():
         Returns([1.0]).score(["a", "b"])
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, "0.5", None, [1.0, 2.0], torch.ones(2), 10**400])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e39, "0.5", None, [1.0, 2.0], torch.ones(2), 10**400])
 def test_what_is_not_a_finite_number_is_refused_with_its_sample(value):
     with pytest.raises(RewardError, match=r"'Returns' returned .* for response 'b'; a score must be") as caught:
         Returns([1.0, value]).score(["a", "b"])
@@ -182,6 +182,20 @@ def test_samples_with_different_items_are_different():
     echo = Echo()
     echo.score(["a", "a"], items=[{"id": 1}, {"id": 2}])
     assert echo.samples[0] == ["a", "a"]
+
+
+def test_what_a_reward_does_not_read_makes_no_difference():
+    echo = Echo()
+    echo.reads = ("response",)
+    echo.score(["a", "a", "b"], ["t", "u", "v"], ["p", "q", "r"], [{}, {}, {}])
+    assert echo.samples[0] == ["a", "b"]
+    echo.reads, echo.takes_references = ("response", "target"), True
+    echo.score(["a", "a"], [["x", "y"], "('x', 'y')"])
+    assert echo.samples[0] == ["a", "a"]
+
+
+def test_columns_may_be_arrays():
+    assert Characters().score(np.array(["a", "bc"]), np.array(["t", "u"]), np.array(["p", "q"])) == [1, 2]
 
 
 def test_a_reward_that_needs_the_batch_gets_all_of_it():
@@ -265,7 +279,7 @@ def test_metrics_are_over_the_rows_that_have_a_score():
 
 
 def test_state_of_another_reward_is_refused():
-    with pytest.raises(ValueError, match=r"'Characters' has the state \(\[\], 0\), got \(\['mean'\], 0\)"):
+    with pytest.raises(ValueError, match=r"'Characters' has the state \[\[\]\], got \[\['mean'\]\]"):
         Characters().load_state_dict({"mean": 0.0})
 
 

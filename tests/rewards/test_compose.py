@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from hybrid.core import InputError
@@ -88,7 +90,7 @@ def test_a_component_that_fails_is_named_with_its_place():
 
 
 def test_a_sum_that_overflows_is_refused():
-    reward = make_reward(weighted_sum(constant(1e300, weight=1e300), constant(0, weight=-1e300)))
+    reward = make_reward(weighted_sum(constant(1e30, weight=1e300), constant(0, weight=-1e300)))
     with pytest.raises(RewardError, match="'weighted_sum' returned inf"):
         reward("a")
 
@@ -191,10 +193,42 @@ def test_a_failure_reaches_the_next_reward_above_that_handles_it():
     assert composite("weighted_sum", inner, constant(1.0)).score(["a", "b"]) == [1.0, 4.0]
 
 
-def test_a_sample_that_every_component_skips_has_no_score():
-    reward = composite("max", failing(on_error="skip"))
-    with pytest.raises(RewardError, match="'max': every component skipped response 'b'"):
-        reward.score(["a", "b"])
+def test_a_sample_that_every_component_skips_is_skipped():
+    output = composite("weighted_sum", composite("max", failing(on_error="skip"))).score(["a", "b"])
+    assert output.valid.tolist() == [True, False]
+    assert output[0] == 1.0 and math.isnan(output[1])
+    gated = composite("gated", failing(on_error="skip"), constant(0.25))
+    assert gated.score(["a", "b"]).valid.tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"threshold": float("nan")}, r"^REWARD.threshold must be finite, got nan$"),
+        ({"otherwise": float("inf")}, r"^REWARD.otherwise must be finite, got inf$"),
+    ],
+)
+def test_a_gate_that_is_no_number_is_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        composite("gated", constant(1.0), constant(1.0), **settings)
+
+
+def test_the_gates_weight_is_refused():
+    with pytest.raises(InputError, match=r"^REWARD.components\[0\].weight means nothing: it is the gate's, got 2.0$"):
+        composite("gated", constant(1.0, weight=2), constant(1.0))
+
+
+def test_a_state_of_another_composite_is_refused_before_any_of_it_is_loaded():
+    def spec(second):
+        ema = {"type": "ema_normalize"}
+        return weighted_sum(constant(1.0, postprocess=ema), constant(2.0, name="second", postprocess={"type": second}))
+
+    seen, other = make_reward(spec("clip")), make_reward(spec("ema_normalize"))
+    seen("a")
+    before = other.state_dict()
+    with pytest.raises(ValueError, match=r"reward 'second' has the state \[\[\], \['mean', 'var'\]\], got"):
+        other.load_state_dict(seen.state_dict())
+    assert other.state_dict() == before
 
 
 def test_a_failed_gate_fails_the_sample():

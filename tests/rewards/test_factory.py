@@ -166,6 +166,25 @@ def test_an_int_is_a_float():
     assert make_reward({"type": "test_topic", "name": "a", "scale": 2})("a") == 2.0
 
 
+def test_a_file_that_names_itself_is_refused(tmp_path):
+    file = tmp_path / "reward.json"
+    file.write_text(json.dumps({"type": "weighted_sum", "components": [str(file)]}))
+    with pytest.raises(InputError, match=r"^REWARD is nested too deeply, or is a file that names itself$"):
+        make_reward(file)
+
+
+def test_a_file_that_is_not_utf_8_is_refused(tmp_path):
+    file = tmp_path / "reward.json"
+    file.write_bytes('{"type": "vader", "name": "é"}'.encode("latin-1"))
+    with pytest.raises(InputError, match=r"reward\.json is not UTF-8"):
+        make_reward(file)
+
+
+def test_a_reward_knows_its_spec():
+    spec = {"type": "length_window", "min": 3}
+    assert make_reward(spec).spec == spec
+
+
 def test_known_rewards_gives_aliases_parameters_and_summary():
     rows = {row.name: row for row in known_rewards()}
     assert rows["length_window"].aliases == ("length",)

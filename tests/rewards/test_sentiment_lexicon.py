@@ -23,6 +23,13 @@ def test_an_unknown_field_is_refused():
         make_reward({"type": "sentiment_lexicon", "field": "target"})
 
 
+@pytest.mark.parametrize("text", ["\U0001f642" * 100_000, "not good " * 20_000, "but good " * 20_000, "w" * 100_000])
+def test_a_long_text_is_scored_by_its_beginning(text):
+    reward = make_reward({"type": "vader"})
+    assert -1 <= reward(text) <= 1
+    assert reward("\U0001f642" * 100_000) > 0.9
+
+
 def test_without_vader_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "vaderSentiment", None)
     with pytest.raises(InputError, match="'sentiment_lexicon' needs vaderSentiment: pip install 'vaderSentiment'"):

@@ -30,6 +30,8 @@ class BERTScore(ModelReward):
     Source: Zhang et al. 2020, arXiv:1904.09675; no idf weights.
     """
 
+    reads = ("response", "target")
+
     model_type: str = "microsoft/deberta-xlarge-mnli"
     rescale_with_baseline: bool = False
     baseline_path: str | None = None  # a .tsv file of baselines; None: the one that bert_score has for the model

@@ -111,6 +111,8 @@ class Bias(HarmClassifier):
     Source of the swap: Garg et al. 2019, arXiv:1809.10610.
     """
 
+    reads = ("response",)
+
     model: str = "valurank/distilroberta-bias"  # BIASED, NEUTRAL
     label: str = "BIASED"
     method: Literal["classifier", "counterfactual"] = "classifier"

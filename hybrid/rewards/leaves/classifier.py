@@ -27,6 +27,8 @@ class TextClassifier(ModelReward):
     its `config.id2label`, in either case. An empty text is a text: it gets what the model says of nothing.
     """
 
+    reads = ("response",)
+
     model: str = "distilbert-base-uncased-finetuned-sst-2-english"  # NEGATIVE, POSITIVE
     target: str = "positive"
     scale: bool = True
@@ -112,6 +114,8 @@ class HarmClassifier(ModelReward):
     The model may be any sequence classifier of transformers; of one whose labels may hold together, or that
     has a single one, the probability is a sigmoid. `label` is a name from its `config.id2label`, in either case.
     """
+
+    reads = ("response",)
 
     model: str = "facebook/roberta-hate-speech-dynabench-r4-target"  # nothate, hate
     label: str = "hate"

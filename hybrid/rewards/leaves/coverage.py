@@ -46,6 +46,8 @@ class Coverage(Reward):
     scores 1 where the target has nothing to cover.
     """
 
+    reads = ("response", "target")
+
     unit: Literal["words", "entities"] = "words"
     stopwords: Literal["english"] | list[str] | None = "english"  # of unit words; a list is taken instead of ours
     model: str = "en_core_web_sm"  # of unit entities: a spaCy package or folder
@@ -91,6 +93,8 @@ class EntityConsistency(Reward):
     words in a row, whatever their case. A share of no entities is 1, so a response without entities scores 1
     where none were given. An empty response scores 0.
     """
+
+    reads = ("response", "target", "prompt")
 
     char_limit = CHARS_FOR_SPACY
 

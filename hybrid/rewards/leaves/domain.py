@@ -80,6 +80,8 @@ class Domain(ModelReward):
     The words are English. Source of the zero-shot form: Yin et al. 2019, arXiv:1909.00161.
     """
 
+    reads = ("response",)
+
     name: Literal["medical", "legal", "scientific"]
     method: Literal["lexicon", "classifier", "rubric"] = "lexicon"
     model: str = "roberta-large-mnli"  # of the classifier

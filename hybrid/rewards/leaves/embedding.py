@@ -25,6 +25,8 @@ class CosineSTS(ModelReward):
     embedder it sees only the beginning of a long text: 256 tokens with the default model.
     """
 
+    reads = ("response", "target")
+
     model: str = "all-MiniLM-L6-v2"  # a name for sentence-transformers, or a folder
     device: str | None = None
 
@@ -48,6 +50,8 @@ class Memory(ModelReward):
 
     Tokens are the embedder's own, special ones not counted. Otherwise as `cosine_sts`.
     """
+
+    reads = ("response", "target")
 
     window: int = 50
     embedder: str = "all-MiniLM-L6-v2"
@@ -95,6 +99,8 @@ class Style(ModelReward):
 
     The best response is one like all of the exemplars by "mean", like any of them by "max". Blank: 0.
     """
+
+    reads = ("response",)
 
     exemplars: list[str] | str | None = None  # texts; or a file: .jsonl with `text`, or one a line or paragraph
     classifier: str | None = None  # a sequence classifier: a hub name or a folder

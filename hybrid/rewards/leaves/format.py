@@ -45,6 +45,8 @@ class Format(Reward):
     NaN, no comments; what is nested too deeply to be read is invalid. Blank lines do not count; they part paragraphs.
     """
 
+    reads = ("response",)
+
     kind: Literal["json", "numbered_list", "bullet_list", "paragraphs", "regex", "json_schema"]
     min_items: int | None = None  # None: 1 for lists, and 2 paragraphs (or as few as max_items says)
     max_items: int | None = None  # None: any number
@@ -182,10 +184,24 @@ def _validator(schema: dict[str, Any], timeout: float, reward: str) -> Any:
         if validator.is_type(value, "string") and not compiled(text).found_in(value):
             yield jsonschema.ValidationError(f"{value!r} does not match {text!r}")
 
+    def unique_items(validator: Any, unique: bool, value: Any, schema: Any) -> Iterator[Any]:
+        # jsonschema compares each item with each.
+        if unique and validator.is_type(value, "array") and len(set(map(_comparable, value))) < len(value):
+            yield jsonschema.ValidationError("an array has non-unique elements")
+
     # jsonschema fetches references over the network unless it is given a registry.
-    validator = validators.extend(kind, {"pattern": pattern})(schema, registry=Registry())
+    validator = validators.extend(kind, {"pattern": pattern, "uniqueItems": unique_items})(schema, registry=Registry())
     _check_references(validator)
     return validator
+
+
+def _comparable(value: Any) -> Any:
+    """A JSON value as one that can be in a set, where 1 is 1.0 and not true."""
+    if isinstance(value, dict):
+        return frozenset((key, _comparable(inner)) for key, inner in value.items())
+    if isinstance(value, list):
+        return tuple(map(_comparable, value))
+    return (type(value).__name__, value) if isinstance(value, (bool, str)) else value
 
 
 def _check_references(validator: Any) -> None:

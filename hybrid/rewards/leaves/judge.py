@@ -44,6 +44,7 @@ Answer with one JSON object and nothing before or after it: {"reason": "<one sen
 the score being a number from %s (worst) to %s (best)."""
 
 PLACEHOLDER = re.compile(r"\{([A-Za-z_]+)\}")
+THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 
 
@@ -56,9 +57,10 @@ class Judge(Reward):
 
     The rubric is the name of a built-in one, or a text with {response} and perhaps {prompt} and {target} in it,
     where the texts are put as JSON strings: no text can end its own quotes. The judge must reply with one JSON
-    object that has a "score" in range; anything else, a second score too, is that sample's error, and so is a
-    reply that the response itself holds word for word, which may be an echo of it. Scores are kept for equal
-    requests, failures are not. The key comes from the environment variable `api_key_env` and is shown nowhere.
+    object that has a "score" in range, perhaps after a <think> block; anything else, a second score too, is that
+    sample's error, and so is a reply that the response itself holds word for word, which may be an echo of it.
+    Scores are kept for equal requests, failures are not. The key comes from the environment variable
+    `api_key_env` and is shown nowhere.
     """
 
     char_limit = 20_000  # about 5,000 tokens a text
@@ -86,6 +88,7 @@ class Judge(Reward):
         self._check_numbers()
         _check_url(self.base_url)
         self._template = _template(self.rubric)
+        self.reads = tuple(dict.fromkeys(PLACEHOLDER.findall(self._template)))
         if self.extra_body and (taken := self.extra_body.keys() & {"model", "messages", "stream"}):
             raise InputError(f"extra_body must leave {', '.join(sorted(taken))} alone")
         try:
@@ -170,9 +173,10 @@ class Judge(Reward):
         if isinstance(reply, RewardError):
             return reply
         try:
-            # Many models put a fence around all JSON.
-            fenced = FENCED.fullmatch(reply.strip())
-            verdict = fenced[1] if fenced else reply.strip()
+            # A model that reasons thinks aloud first; and many put a fence around all JSON.
+            verdict = THOUGHTS.sub("", reply, count=1).strip()
+            fenced = FENCED.fullmatch(verdict)
+            verdict = fenced[1] if fenced else verdict
             score = _score_in(verdict)
             if not self.min_score <= score <= self.max_score:
                 got = shortened(str(score), 20)

@@ -108,6 +108,8 @@ class Perplexity(LanguageModelReward):
     Source: "Perplexity of fixed-length models", the guide of Hugging Face transformers.
     """
 
+    reads = ("response",)
+
     reward_mode: RewardMode = "exp_neg_loss"
 
     def _of_loss(self, loss: float, empty: bool) -> float:
@@ -125,6 +127,8 @@ class Fluency(LanguageModelReward):
     with GPT-2's vocabulary, prose has a perplexity of 20 to 60, and shuffled words have over 1000. Perplexity is
     of windows, as in `perplexity`. A blank text, or one with no token to score, is 0.
     """
+
+    reads = ("response",)
 
     reference: float = 100.0  # the perplexity that scores 0.5; a choice, between prose and shuffled words
 
@@ -149,6 +153,8 @@ class GPTScore(LanguageModelReward):
     fit into `max_length` tokens is read in windows, and then the rubric's beginning falls out of them.
     Source: Fu et al. 2023, "GPTScore: Evaluate as You Desire" (arXiv:2302.04166), with equal weights.
     """
+
+    reads = ("response", "target", "prompt")
 
     rubric: str = "Give a correct, relevant and fluent answer.\n\n{prompt}\n\nAnswer:\n"
     reward_mode: RewardMode = "neg_loss"

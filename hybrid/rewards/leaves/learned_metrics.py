@@ -21,6 +21,8 @@ HAS_MODULE = "import importlib.util, sys; sys.exit(0 if importlib.util.find_spec
 class LearnedMetric(Reward):
     """A batch function of `learned_metric_functions`, called in a process of the Python `interpreter`."""
 
+    reads = ("response", "target", "prompt")
+
     package: ClassVar[str]  # what pip installs
     module: ClassVar[str]  # what Python imports
     function: ClassVar[str]

@@ -20,6 +20,8 @@ class LengthWindow(Reward):
     Words are what white space separates; tokens are counted without special ones.
     """
 
+    reads = ("response",)
+
     min: int = 30
     max: int = 200
     unit: Literal["words", "chars", "tokens"] = "words"

@@ -7,9 +7,9 @@ from typing import Any
 from hybrid.core import InputError
 from hybrid.rewards.base import Reward, RewardTimeout, register_reward
 from hybrid.rewards.extras import require
+from hybrid.rewards.words import UNSPACED, plain
 
 __all__ = [
-    "UNSPACED",
     "ExactMatch",
     "Jaccard",
     "KeywordCount",
@@ -19,8 +19,6 @@ __all__ = [
     "check_timeout",
 ]
 
-# Scripts written without spaces between words, as a set for the `regex` module.
-UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 # What may stand inside a word of any other script.
 _INSIDE_A_WORD = rf"[[\p{{L}}\p{{M}}\p{{N}}_]--{UNSPACED}]"
 
@@ -32,6 +30,8 @@ class ExactMatch(Reward):
 
     Nothing is normalised but what is asked for: an accent as one character differs from one as two.
     """
+
+    reads = ("response", "target")
 
     lowercase: bool = False
     strip: bool = False  # leave out white space at both ends
@@ -54,6 +54,8 @@ class KeywordCount(Reward):
     "c++" is in "c++11". In scripts that put no spaces between words, and beside them, any place will do.
     """
 
+    reads = ("response",)
+
     keywords: list[str]
     normalize: bool = True
     whole_words: bool = True
@@ -68,7 +70,7 @@ class KeywordCount(Reward):
         self._patterns = [_keyword_pattern(keyword, self.whole_words) for keyword in self.keywords]
 
     def _score_one(self, response: str, target: str, prompt: str, item: Any) -> float:
-        text = response.casefold()
+        text = plain(response).casefold()
         count = sum(pattern.search(text) is not None for pattern in self._patterns)
         return count / len(self._patterns) if self.normalize else float(count)
 
@@ -81,6 +83,8 @@ class RegexPresence(Reward):
     The pattern is one of the `regex` module, which knows all that `re` does. A search that takes longer than
     `timeout` raises RewardTimeout: `on_error` says what that sample gets.
     """
+
+    reads = ("response",)
 
     pattern: str
     ignore_case: bool = True
@@ -128,6 +132,8 @@ class Jaccard(Reward):
     Words are what white space separates.   Source: Jaccard 1912.
     """
 
+    reads = ("response", "target")
+
     lowercase: bool = True
 
     def _score_one(self, response: str, target: str, prompt: str, item: Any) -> float:
@@ -144,6 +150,8 @@ class Levenshtein(Reward):
     Insertions, deletions and substitutions of characters cost 1 each; two empty texts score 1 (or 0, the distance).
     Source: Levenshtein 1966.
     """
+
+    reads = ("response", "target")
 
     normalize: bool = True
 
@@ -169,7 +177,7 @@ def _keyword_pattern(keyword: str, whole_words: bool) -> Any:
     """`keyword` in a casefolded text."""
     import regex
 
-    keyword = " ".join(keyword.casefold().split())
+    keyword = " ".join(plain(keyword).casefold().split())
     pattern = r"\s+".join(map(regex.escape, keyword.split()))
     inside = regex.compile(_INSIDE_A_WORD, regex.V1)
     if whole_words and inside.match(keyword[0]):

@@ -32,6 +32,8 @@ class TruthNLI(ModelReward):
     entailment and not_entailment answers to p_e alone.
     """
 
+    reads = ("response", "target")
+
     model: str = "roberta-large-mnli"  # CONTRADICTION, NEUTRAL, ENTAILMENT
     aggregation: Aggregation = "p_e_minus_p_c"
     labels: list[str] | None = None  # the model's outputs in their order, where it calls them LABEL_0 and so on

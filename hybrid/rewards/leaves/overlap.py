@@ -10,7 +10,7 @@ from typing import Any, Literal
 from hybrid.core import InputError, first_line
 from hybrid.rewards.base import Reward, register_reward
 from hybrid.rewards.extras import require
-from hybrid.rewards.leaves.matching import UNSPACED
+from hybrid.rewards.words import UNSPACED
 
 __all__ = ["Bleu", "Chrf", "Meteor", "RougeL", "Ter"]
 
@@ -36,6 +36,8 @@ class Bleu(Reward):
     Up to 4-grams, and no longer ones than the response has (effective order).
     Source: Papineni et al. 2002; Post 2018 (arXiv:1804.08771).
     """
+
+    reads = ("response", "target")
 
     smooth_method: Literal["exp", "floor", "add-k", "none"] = "exp"
     lowercase: bool = True
@@ -65,6 +67,8 @@ class Chrf(Reward):
 
     Source: Popović 2015, "chrF: character n-gram F-score for automatic MT evaluation".
     """
+
+    reads = ("response", "target")
 
     char_order: int = 6
     word_order: int = 0
@@ -98,6 +102,8 @@ class Ter(Reward):
     phrase is then deleted and inserted.
     Source: Snover et al. 2006, "A study of translation edit rate with targeted human annotation".
     """
+
+    reads = ("response", "target")
 
     normalized: bool = False  # split punctuation off, as tercom does
     no_punct: bool = False
@@ -140,6 +146,8 @@ class RougeL(Reward):
     Source: Lin 2004, "ROUGE: A package for automatic evaluation of summaries".
     """
 
+    reads = ("response", "target")
+
     use_stemmer: bool = True
     lowercase: bool = True
 
@@ -179,6 +187,8 @@ class Meteor(Reward):
     that is not its own stem has none.
     Source: Lavie & Agarwal 2007, "METEOR: An automatic metric for MT evaluation".
     """
+
+    reads = ("response", "target")
 
     tokenize: Literal["whitespace", "wordpunct"] = "whitespace"  # wordpunct: punctuation marks are words too
     alpha: float = 0.9

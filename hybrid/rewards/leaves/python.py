@@ -45,7 +45,7 @@ class PythonFunction(Reward):
                 raise InputError(f"{name} can be had only with isolate true, got {value!r}")
         function = load_object(self.function, what="function") if isinstance(self.function, str) else self.function
         try:
-            self.needs_batch, self._call = bound(function, self.batch)
+            self.needs_batch, self.reads, self._call = bound(function, self.batch)
         except BadFunction as error:
             raise InputError(str(error)) from error
 

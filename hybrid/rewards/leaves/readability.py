@@ -88,6 +88,8 @@ class Readability(Reward):
     The formulas are made for English; a sentence ends at . ! ? … or a blank line, and syllables are counted by rule.
     """
 
+    reads = ("response",)
+
     metric: Literal[
         "flesch_kincaid",
         "flesch_reading_ease",

@@ -9,7 +9,7 @@ import torch
 from hybrid.core import InputError
 from hybrid.rewards.base import register_reward
 from hybrid.rewards.classify import Classifier, load_classifier, logits
-from hybrid.rewards.embed import load_embedder, nearness
+from hybrid.rewards.embed import load_embedder, nearness, packaged
 from hybrid.rewards.extras import require
 from hybrid.rewards.models import ModelReward, shared
 
@@ -27,6 +27,8 @@ class QARelevance(ModelReward):
     "auto" takes the checkpoint for a cross-encoder if its config names a ...ForSequenceClassification.
     A blank prompt or response scores 0.
     """
+
+    reads = ("response", "prompt")
 
     model: str = "cross-encoder/ms-marco-MiniLM-L-6-v2"
     method: Literal["auto", "cross_encoder", "embedding"] = "auto"
@@ -77,7 +79,7 @@ def _is_classifier(name: str) -> bool:
     from transformers import AutoConfig
 
     try:
-        architectures = AutoConfig.from_pretrained(name).architectures or []
+        architectures = AutoConfig.from_pretrained(packaged(name) or name).architectures or []
     # What there is no config of may be an embedder of another kind; its loading says what is wrong.
     except (OSError, ValueError, KeyError):
         return False

@@ -28,6 +28,8 @@ class RewardModel(ModelReward):
         auto   chat where the tokenizer has a template, else pair where it has a separator token, else text
     """
 
+    reads = ("response", "prompt")
+
     path: str
     label: str | None = None
     input: Literal["auto", "chat", "pair", "text"] = "auto"

@@ -9,6 +9,8 @@ from hybrid.rewards.extras import require
 
 __all__ = ["SentimentLexicon"]
 
+MAX_WORDS = 2000
+
 
 @register_reward("sentiment_lexicon", "vader")
 @dataclass
@@ -18,8 +20,9 @@ class SentimentLexicon(Reward):
     Source: Hutto & Gilbert 2014, "VADER: A parsimonious rule-based model for sentiment analysis".
     """
 
+    reads = ("response", "prompt")
+
     field: Literal["response", "prompt_and_response"] = "response"  # the text that is scored
-    char_limit = 20_000  # VADER's rule for "but" is quadratic in the words
 
     def __post_init__(self) -> None:
         require("vaderSentiment", reward="sentiment_lexicon", install="vaderSentiment")
@@ -29,7 +32,17 @@ class SentimentLexicon(Reward):
 
     def _score_one(self, response: str, target: str, prompt: str, item: Any) -> float:
         text = response if self.field == "response" else f"{prompt} {response}"
-        return _analyzer().polarity_scores(text)["compound"]
+        return _analyzer().polarity_scores(_shortened(text))["compound"]
+
+
+def _shortened(text: str) -> str:
+    """The text's first words, if it is so long that VADER, quadratic in the words, would take over a second or so."""
+    if len(text) <= MAX_WORDS:
+        return text
+    # VADER reads an emoji as the words that describe it.
+    emojis = _analyzer().emojis
+    described = "".join(f" {emojis[c]} " if c in emojis else c for c in text[: 20 * MAX_WORDS])
+    return " ".join(described.split()[:MAX_WORDS])
 
 
 @cache

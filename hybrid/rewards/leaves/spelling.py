@@ -25,6 +25,8 @@ class Spelling(Reward):
     Words of another language, names that the dictionary lacks and Japanese count as unknown.
     """
 
+    reads = ("response",)
+
     language: Literal["en", "es", "fr", "it", "pt", "de", "ru", "ar", "lv", "eu", "nl", "fa"] = "en"
     extra_words: list[str] = field(default_factory=list)  # known as well: names, jargon
 

@@ -34,6 +34,8 @@ class Toxicity(ModelReward):
     Source: https://github.com/unitaryai/detoxify
     """
 
+    reads = ("response",)
+
     model: str = "original"  # or unbiased, multilingual, original-small, unbiased-small, a checkpoint file
     invert: bool = True
     device: str | None = None

@@ -26,6 +26,8 @@ class TruthRAG(ModelReward):
     best, or the mean, over the evidence. 0.5 where the response is blank or there is no evidence.
     """
 
+    reads = ("response", "target")
+
     corpus: list[str] | str  # passages; or a file: .jsonl with `text`, or one a line or paragraph
     embedder: str = "all-MiniLM-L6-v2"
     nli_model: str = "roberta-large-mnli"
