@@ -1,0 +1,160 @@
+"""The loss whose gradient is taken in the forward pass: the same numbers as `linear_logprob` and the same loss."""
+
+import importlib
+import math
+
+import pytest
+import torch
+from kernel_case import (
+    DEVICE,
+    IGNORE,
+    LINEAR_GRADIENT,
+    NAMES,
+    LinearCase,
+    assert_results,
+    kernel,
+    launcher,
+    normal,
+    run_interpreted,
+)
+
+pytest.importorskip("triton", reason="Triton is an extra: pip install 'hybrid-trainer[triton]'")
+
+from hybrid_kernels import linear_logprob_loss
+
+MODULE = importlib.import_module("hybrid_kernels.linear_loss")
+
+
+@launcher
+@pytest.mark.slow
+def test_the_interpreted_cases_pass_in_a_process_of_their_own():
+    run_interpreted(__file__, at_least=20)
+
+
+@pytest.fixture(params=["shipped", "two rows", "two rows, groups of four"])
+def sizes(request, monkeypatch):
+    """Workspaces so small that a few rows are several chunks, and several groups of chunks."""
+    if request.param != "shipped":
+        monkeypatch.setattr(MODULE, "LOGITS_BYTES", 2 * 2 * 4 * 512)
+        monkeypatch.setattr(MODULE, "GRADIENT_BYTES", 1 if request.param == "two rows" else 4 * 4 * 512)
+        monkeypatch.setattr(MODULE, "DWEIGHT_COLUMNS", 100)
+
+
+FACTORS = normal(3, 9, seed=9)
+
+
+def token_loss(stats, rows):
+    """Any function of a token's own statistics and of what is known before: here a curved one, with fixed factors."""
+    a, b, c = (factor[rows] for factor in FACTORS.to(DEVICE))
+    loss = a * stats.logprob.sin() + b * stats.logprob
+    loss = loss if stats.entropy is None else loss + c * stats.entropy**2
+    return loss if stats.kl is None else loss + b * stats.kl
+
+
+def run(case, **changes):
+    want = NAMES if case.ref else NAMES[:2]
+    arguments = {"want": want} | case.inputs | case.ref | case.options | changes
+    return linear_logprob_loss(labels=case.labels, token_loss=arguments.pop("token_loss", token_loss), **arguments)
+
+
+def expected_loss(case):
+    results, leaves = case.exact()
+    flat = type("Stats", (), {name: results[name].flatten() if name in results else None for name in NAMES})
+    return token_loss(flat, slice(0, case.labels.numel())).sum(), leaves, results
+
+
+def compare(case):
+    inputs = case.require()
+    loss, stats = run(case)
+    found = torch.autograd.grad(0.5 * loss, inputs)
+    expected, leaves, results = expected_loss(case)
+    assert_results(stats, results)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    for a, b, x in zip(found, torch.autograd.grad(0.5 * expected, leaves), inputs, strict=True):
+        assert a.dtype == x.dtype and a.shape == x.shape
+        scale = max(b.abs().max().item(), 1.0)
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=LINEAR_GRADIENT[x.dtype] * scale)
+
+
+@kernel
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((9,), {"vocab": 300}),
+        ((3, 3), {"vocab": 301, "ref": False, "bias": True, "softcap": 3.0, "temperature": 0.7}),
+        ((7,), {"vocab": 37, "bias": True, "share": True, "dtype": torch.bfloat16}),
+        ((1,), {"vocab": 1128, "dtype": torch.float16}),
+    ],
+    ids=str,
+)
+def test_loss_statistics_and_gradients_equal_float64(shape, options, sizes):
+    compare(LinearCase(shape, **options))
+
+
+@kernel
+def test_what_stands_in_an_ignored_row_reaches_nothing(sizes):
+    case = LinearCase((9,), 300, bias=True)
+    case.labels[[1, 3, 8]] = IGNORE
+    case.inputs["hidden"][[1, 3, 8]] = case.ref["ref_hidden"][[1, 3, 8]] = math.nan
+    compare(case)
+
+
+@kernel
+@pytest.mark.parametrize("trained", [["hidden"], ["weight"], ["bias"]], ids="+".join)
+def test_a_frozen_input_changes_no_other_gradient(trained, sizes):
+    whole, part = (LinearCase((5,), 300, bias=True) for _ in range(2))
+    inputs = whole.require()
+    expected = dict(zip(whole.inputs, torch.autograd.grad(run(whole)[0], inputs), strict=True))
+    leaves = part.require(*trained)
+    (found,) = torch.autograd.grad(run(part)[0], leaves)
+    torch.testing.assert_close(found, expected[trained[0]])
+
+
+@kernel
+def test_no_rows_and_ignored_rows_give_a_connected_zero():
+    for shape in ((0,), (3,)):
+        case = LinearCase(shape, 30, bias=True)
+        case.labels[:] = IGNORE
+        inputs = case.require()
+        loss, _ = run(case)
+        assert loss.item() == 0
+        assert all((g == 0).all() for g in torch.autograd.grad(loss, inputs))
+
+
+@kernel
+def test_a_loss_that_uses_one_result_or_none_is_legal():
+    case = LinearCase((3,), 30)
+    inputs = case.require()
+    loss, _ = run(case, token_loss=lambda stats, rows: torch.ones_like(stats.kl))
+    assert loss.item() == 3
+    assert all((g == 0).all() for g in torch.autograd.grad(loss, inputs))
+    loss, stats = run(case, token_loss=lambda stats, rows: stats.kl)
+    torch.testing.assert_close(loss, stats.kl.sum())
+
+
+@kernel
+def test_the_statistics_and_the_reference_carry_no_gradient_and_no_grad_works():
+    case = LinearCase((3,), 30)
+    case.require()
+    loss, stats = run(case)
+    assert loss.requires_grad and not any(x.requires_grad for x in stats)
+    with torch.no_grad():
+        assert not run(case)[0].requires_grad
+
+
+@kernel
+def test_a_second_backward_and_a_second_derivative_raise():
+    case = LinearCase((3,), 30)
+    inputs = case.require()
+    loss, _ = run(case)
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(loss, inputs, create_graph=True)
+    torch.autograd.grad(loss, inputs, retain_graph=True)
+    with pytest.raises(RuntimeError, match="already"):
+        torch.autograd.grad(loss, inputs)
+
+
+@kernel
+def test_a_loss_that_is_not_one_for_each_token_is_refused():
+    with pytest.raises(ValueError, match="one loss for each of 3 tokens"):
+        run(LinearCase((3,), 30), token_loss=lambda stats, rows: stats.logprob.sum())
