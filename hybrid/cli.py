@@ -11,6 +11,7 @@ from pathlib import Path
 from hybrid.config import HybridConfig
 from hybrid.core import InputError
 from hybrid.data import read_rows
+from hybrid.fused import kernel_backend
 from hybrid.mixing import make_strategy
 from hybrid.optim import listing, listing_markdown
 from hybrid.rewards import RewardError, make_reward, reward_listing, reward_markdown, reward_schema
@@ -127,6 +128,7 @@ def _train(args: argparse.Namespace) -> None:
         raise InputError("config: data.train is missing; give a file or a Hugging Face dataset")
     config.check_training(make_strategy(config.mixing))
     trainer = HybridTrainer(_model_name(config), config=config)
+    print(f"device: {trainer.policy.device}, kernels: {kernel_backend(trainer.policy.device)}")
     trainer.train()
     assert trainer.folder is not None
     _show(trainer.folder)

@@ -13,6 +13,13 @@ FAMILIES = {
     "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
     "opt": {**WIDE, "ffn_dim": 64, "max_position_embeddings": 64, "word_embed_proj_dim": 16},
     "gemma": {**WIDE, "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 8},
+    "gemma2": {
+        **WIDE,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "head_dim": 8,
+        "final_logit_softcapping": 3.0,
+    },
     "cohere": {**WIDE, "num_key_value_heads": 2, "max_position_embeddings": 64},
     "granite": {**WIDE, "num_key_value_heads": 2, "max_position_embeddings": 64, "logits_scaling": 8.0},
     "phi": {**WIDE, "max_position_embeddings": 64},

@@ -5,8 +5,8 @@ float64 in gives float64 out, everything else float32 out. `B` sequences, `T` to
 
 from hybrid.functional.advantage import gae
 from hybrid.functional.kl import AdaptiveKL, FixedKL, kl_estimate
-from hybrid.functional.linear_logprob import TokenStats, linear_logprob
-from hybrid.functional.logprob import entropy, full_kl, token_logprob
+from hybrid.functional.linear_logprob import linear_logprob
+from hybrid.functional.logprob import TokenStats, entropy, full_kl, soft_capped, token_logprob, token_stats
 from hybrid.functional.masked import masked_mean, masked_sum, masked_var, masked_whiten
 from hybrid.functional.ppo import Aggregation, loss_divisor, policy_loss, token_reward, value_loss
 from hybrid.functional.sft import TokenWeight, sft_loss
@@ -29,7 +29,9 @@ __all__ = [
     "masked_whiten",
     "policy_loss",
     "sft_loss",
+    "soft_capped",
     "token_logprob",
     "token_reward",
+    "token_stats",
     "value_loss",
 ]

@@ -1,35 +1,28 @@
 """Log-probability, entropy and exact KL from hidden states, without ever holding the logits.
 
-The head's product is taken one (rows x vocabulary slice) tile at a time. Forward keeps, for each token, the
-running maximum m and the sums relative to it; backward takes the product again, tile by tile. Memory is one
-tile and O(N) statistics instead of N x V, for one more product of 2 N V D operations.
+The head's product is taken one (rows x vocabulary slice) tile at a time. Forward keeps, for each token and slice,
+the maximum and the sums relative to it, and joins the slices at the end; backward takes the product again, tile by
+tile. Memory is a few tiles and the statistics instead of N x V, for one more product of 2 N V D operations.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hybrid.functional.logprob import IGNORE
+from hybrid.functional.logprob import IGNORE, TokenStats, check_scale, check_want
 from hybrid.functional.precision import check_same_shape, float_dtype
 
-__all__ = ["TokenStats", "linear_logprob"]
+__all__ = ["linear_logprob"]
 
-# Columns and rows of a tile: 4 MiB in float32 stays in a core's share of the cache, and both sides are wide
-# enough for the matrix product.
-_VOCAB_SLICE = 4096
-_ROW_CHUNK = 256
-
-
-@dataclass(frozen=True)
-class TokenStats:
-    """Per token, in the labels' shape: what was wanted, and None for the rest."""
-
-    logprob: Tensor | None = None
-    entropy: Tensor | None = None
-    kl: Tensor | None = None
+# Columns and rows of a tile, 16 MiB in float32: smaller ones stay in a core's own cache but start many more parallel
+# regions, each of which waits for both threads (benchmarks/NOTES.md).
+_VOCAB_SLICE = 2048
+_ROW_CHUNK = 2048
+# Bytes of tiles that forward may keep for backward beside the memory of the weight's gradient.
+_SPARE = 64 * 2**20
 
 
 def linear_logprob(
@@ -39,14 +32,15 @@ def linear_logprob(
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
-    want: Sequence[str] = ("logprob",),
+    softcap: float | None = None,
+    want: Collection[str] = ("logprob",),
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
 ) -> TokenStats:
-    """`token_logprob`, `entropy` and `full_kl` of the logits hidden @ weight.T + bias.
+    """`token_stats` of the logits hidden @ weight.T + bias.
 
-    hidden: (..., D).   weight: (V, D).   bias: (V,).   labels: (...) int64, the token that hidden[t] predicts;
+    hidden: (..., D).   weight: (V, D).   bias: (V,).   labels: (...) int32 or int64, the token that hidden[t] predicts;
         rows whose label is IGNORE are left out: their results are 0 and have no gradient.
     want: any of "logprob", "entropy", "kl". "kl" is KL(policy || reference) and needs ref_hidden (..., D')
         and ref_weight (V, D'); the reference gets no gradient.
@@ -55,20 +49,22 @@ def linear_logprob(
     Raises ValueError on shapes that do not fit, a label outside the vocabulary (checked on the CPU, where
     it costs no synchronisation), or a `want` that is not known.
     """
-    _check(hidden, weight, labels, bias, temperature, want, ref_hidden, ref_weight, ref_bias)
+    check_scale(temperature, softcap)
+    check_want("linear_logprob", want, ref_hidden=ref_hidden, ref_weight=ref_weight)
+    _check_shapes(hidden, weight, labels, bias, want, ref_hidden, ref_weight, ref_bias)
     rows = (labels.reshape(-1) != IGNORE).nonzero().squeeze(1)  # (N,): the valid tokens
-    picked = labels.reshape(-1)[rows]
+    picked = labels.reshape(-1)[rows].long()
     if labels.device.type == "cpu" and len(picked) and not (picked.min() >= 0 and picked.max() < weight.shape[0]):
         raise ValueError(
             f"linear_logprob: labels must lie in [0, {weight.shape[0]}), got {picked.min()} to {picked.max()}"
         )
-    reference = None
+    reference: tuple[Tensor | None, ...] = ()
     if "kl" in want:
         assert ref_hidden is not None and ref_weight is not None
-        reference = (ref_hidden.detach().flatten(0, -2)[rows], ref_weight.detach(), _detached(ref_bias))
-    outputs = _LinearLogprob.apply(
-        hidden.flatten(0, -2)[rows], weight, bias, picked, float(temperature), tuple(want), reference
-    )
+        reference = (_packed(ref_hidden.detach(), rows), ref_weight.detach(), _detached(ref_bias))
+    scale = (softcap, float(temperature))
+    trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    outputs = _LinearLogprob.apply(_packed(hidden, rows), weight, bias, picked, scale, tuple(want), trained, *reference)
     return TokenStats(
         **{
             name: out.new_zeros(labels.numel()).index_put((rows,), out).view(labels.shape)
@@ -77,28 +73,22 @@ def linear_logprob(
     )
 
 
-def _check(
+def _check_shapes(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
-    temperature: float,
-    want: Sequence[str],
+    want: Collection[str],
     ref_hidden: Tensor | None,
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
 ) -> None:
-    unknown = set(want) - {"logprob", "entropy", "kl"}
-    if unknown or not want:
-        raise ValueError(f"linear_logprob: want must be some of logprob, entropy, kl, got {tuple(want)}")
     if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
             f"linear_logprob: hidden {tuple(hidden.shape)} does not fit labels {tuple(labels.shape)} "
             f"and weight {tuple(weight.shape)}"
         )
-    if "kl" in want:
-        if ref_hidden is None or ref_weight is None:
-            raise ValueError("linear_logprob: want 'kl' needs ref_hidden and ref_weight")
+    if "kl" in want and ref_hidden is not None and ref_weight is not None:
         check_same_shape(labels=labels, **{"ref_hidden[..., 0]": ref_hidden[..., 0]})
         if ref_weight.shape[0] != weight.shape[0]:
             raise ValueError(f"linear_logprob: the vocabularies differ, {weight.shape[0]} and {ref_weight.shape[0]}")
@@ -110,8 +100,10 @@ def _check(
     for name, b, w in (("bias", bias, weight), ("ref_bias", ref_bias, ref_weight)):
         if b is not None and w is not None and b.shape != w.shape[:1]:
             raise ValueError(f"linear_logprob: {name} {tuple(b.shape)} does not fit its weight {tuple(w.shape)}")
-    if not temperature > 0:
-        raise ValueError(f"linear_logprob: temperature must be > 0, got {temperature}")
+
+
+def _packed(hidden: Tensor, rows: Tensor) -> Tensor:
+    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows)
 
 
 def _detached(x: Tensor | None) -> Tensor | None:
@@ -119,26 +111,71 @@ def _detached(x: Tensor | None) -> Tensor | None:
 
 
 class _Head:
-    """The logits of one model (hidden, weight, bias), tile by tile, divided by the temperature."""
+    """The logits of one model (hidden, weight, bias) tile by tile, each in the memory of the one before."""
 
-    def __init__(self, model: tuple[Tensor, Tensor, Tensor | None], temperature: float, dtype: torch.dtype):
+    def __init__(self, model: Sequence[Any], scale: tuple[float | None, float], dtype: torch.dtype):
         hidden, self.weight, self.bias = model
-        self.hidden, self.temperature, self.dtype = hidden.to(dtype), temperature, dtype
+        self.softcap, self.temperature = scale
+        self.hidden = hidden.to(dtype)
+        self.rows = list(_slices(hidden.shape[0], _ROW_CHUNK))
+        self.cols = list(_slices(self.weight.shape[0], _VOCAB_SLICE))
+        self.tile = self.new_tile()
+        self.kept: dict[tuple[int, int], Tensor] = {}  # tiles by their first row and column, see `keep_in`
+        self.spare, self.free = 0, self.hidden.new_empty(0)
 
-    def columns(self, cols: slice) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of a vocabulary slice, in the dtype of the computation."""
-        bias = None if self.bias is None else self.bias[cols].to(self.dtype)
-        return self.weight[cols].to(self.dtype), bias
+    def keep(self, dweight: Tensor | None) -> None:
+        """Keep tiles from now on, so as not to compute them again: some in memory of their own, some in `dweight`.
 
-    def logits(self, rows: slice, columns: tuple[Tensor, Tensor | None]) -> Tensor:
-        weight, bias = columns
-        hidden = self.hidden[rows]
-        logits = hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T)
-        return logits if self.temperature == 1.0 else logits.div_(self.temperature)
+        That is the gradient of the weight, still empty. Tiles fill it from its end, and only where it is written,
+        slice after slice, after they were read.
+        """
+        self.spare = _SPARE
+        if dweight is not None:
+            self.free = dweight.view(-1)
+
+    def new_tile(self) -> Tensor:
+        return self.hidden.new_empty(min(self.hidden.shape[0], _ROW_CHUNK) * min(self.weight.shape[0], _VOCAB_SLICE))
+
+    def columns(self, cols: slice) -> Tensor:
+        """Weights of a vocabulary slice, in the dtype of the computation."""
+        return self.weight[cols].to(self.hidden.dtype)
+
+    def logits(self, rows: slice, cols: slice, weight: Tensor) -> Tensor:
+        """(n, v), the caller's to write into until the next call.   weight: `columns(cols)`."""
+        key, hidden = (rows.start, cols.start), self.hidden[rows]
+        z = _first(self.tile, hidden.shape[0], weight.shape[0])
+        if key in self.kept:
+            return z.copy_(self.kept[key])
+        if self.bias is None:
+            torch.mm(hidden, weight.T, out=z)
+        else:
+            torch.addmm(self.bias[cols].to(z.dtype), hidden, weight.T, out=z)
+        if self.softcap is not None:
+            z.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.temperature != 1.0:
+            z.div_(self.temperature)
+        if self.spare >= z.nbytes:
+            self.spare -= z.nbytes
+            self.kept[key] = z.clone()
+        elif len(self.free) - z.numel() >= cols.stop * hidden.shape[1]:
+            self.free, last = self.free[: -z.numel()], self.free[-z.numel() :]
+            self.kept[key] = last.view_as(z).copy_(z)
+        return z
+
+    def slope(self, z: Tensor) -> Tensor | float | None:
+        """d z / d product at the logits z, None for 1: z T / c is the tanh, whose derivative is 1 - tanh^2."""
+        if self.softcap is None:
+            return None if self.temperature == 1.0 else 1.0 / self.temperature
+        return (z * (self.temperature / self.softcap)).square_().neg_().add_(1.0).div_(self.temperature)
 
 
 def _slices(total: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def _first(tile: Tensor, *shape: int) -> Tensor:
+    """The first numbers of a tile's memory, as a contiguous tensor of a shape that fits into it."""
+    return tile[: math.prod(shape)].view(shape)
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -151,20 +188,25 @@ class _LinearLogprob(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        temperature: float,
+        scale: tuple[float | None, float],
         want: tuple[str, ...],
-        reference: tuple[Tensor, Tensor, Tensor | None] | None,
+        trained: bool,
+        *reference: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        dtype = float_dtype(*(x for x in (hidden, weight, bias, *(reference or ())) if x is not None))
+        dtype = float_dtype(*(x for x in (hidden, weight, bias, *reference) if x is not None))
         ctx.set_materialize_grads(False)
         with torch.autocast(hidden.device.type, enabled=False):
-            policy = _Head((hidden, weight, bias), temperature, dtype)
-            ref = None if reference is None else _Head(reference, temperature, dtype)
+            policy = _Head((hidden, weight, bias), scale, dtype)
+            dweight = None
+            if trained and weight.requires_grad and weight.dtype == dtype and policy.rows:
+                dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+            if trained:
+                policy.keep(dweight)
+            ref = _Head(reference, scale, dtype) if reference else None
             stats = _forward(policy, ref, labels, entropy="entropy" in want)
-        ctx.save_for_backward(hidden, weight, bias, labels, *stats.values())
-        ctx.names, ctx.want, ctx.reference, ctx.temperature, ctx.dtype = (
-            tuple(stats), want, reference, temperature, dtype,
-        )  # fmt: skip
+        ctx.save_for_backward(hidden, weight, bias, labels, *reference, *stats.values())
+        ctx.names, ctx.want, ctx.scale, ctx.dtype = tuple(stats), want, scale, dtype
+        ctx.dweight, ctx.kept = dweight, policy.kept
         return tuple(stats[name] for name in want)
 
     @staticmethod
@@ -172,76 +214,73 @@ class _LinearLogprob(torch.autograd.Function):
         # once_differentiable would let a second derivative through, as zero, where `grads` are constants.
         if torch.is_grad_enabled():
             raise RuntimeError("linear_logprob: gradients flow once; create_graph=True is not supported")
-        hidden, weight, bias, labels, *saved = ctx.saved_tensors
-        stats = dict(zip(ctx.names, saved, strict=True))
+        hidden, weight, bias, labels, *others = ctx.saved_tensors
+        stats = dict(zip(ctx.names, others[-len(ctx.names) :], strict=True))
+        reference = others[: -len(ctx.names)]
+        # Once: a second backward (retain_graph) finds them overwritten.
+        dweight, kept, ctx.dweight, ctx.kept = ctx.dweight, ctx.kept, None, {}
         with torch.autocast(hidden.device.type, enabled=False):
-            policy = _Head((hidden, weight, bias), ctx.temperature, ctx.dtype)
-            ref = None if ctx.reference is None else _Head(ctx.reference, ctx.temperature, ctx.dtype)
+            policy = _Head((hidden, weight, bias), ctx.scale, ctx.dtype)
+            policy.kept = kept
+            ref = _Head(reference, ctx.scale, ctx.dtype) if reference else None
             given = {name: grad for name, grad in zip(ctx.want, grads, strict=True) if grad is not None}
-            dhidden, dweight, dbias = _backward(policy, ref, labels, stats, given, ctx.needs_input_grad[:3])
-        return dhidden, dweight, dbias, None, None, None, None
+            of_inputs = _backward(policy, ref, labels, stats, given, ctx.needs_input_grad[:3], dweight)
+        return (*of_inputs, *[None] * (4 + len(reference)))
 
 
-class _Running:
-    """The log-partition of N rows, online: the maximum m so far and s = sum exp(z - m)."""
+class _Partition:
+    """Each row's log-partition, m + log s with s = sum exp(z - m), gathered from the slices of the vocabulary."""
 
-    def __init__(self, num_rows: int, like: Tensor):
-        self.m = like.new_full((num_rows,), -torch.inf)
-        self.s = like.new_zeros(num_rows)
+    def __init__(self, head: _Head):
+        # One row per slice: its maximum, -inf where all of it is, and sum exp(z - maximum).
+        self.top = head.hidden.new_empty(len(head.cols), head.hidden.shape[0])
+        self.sum = torch.empty_like(self.top)
 
-    def add(self, rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in a tile. Returns exp(z - m) of the tile and the factor by which older sums shrink."""
-        old = self.m[rows]
-        new = torch.maximum(old, logits.amax(1))
-        # A row whose logits so far are all -inf has m = -inf: subtract 0 there, or -inf - -inf is NaN.
-        base = new.masked_fill(new == -torch.inf, 0.0)
-        weight = (logits - base.unsqueeze(1)).exp_()
-        shrink = (old - base).exp_()
-        self.m[rows] = new
-        self.s[rows] = self.s[rows] * shrink + weight.sum(1)
-        return weight, shrink
+    def lower_(self, j: int, rows: slice, z: Tensor) -> Tensor:
+        """z minus the maximum of each row of this tile, in place."""
+        self.top[j, rows] = torch.amax(z, 1)
+        # A row of -inf alone stays as it is: -inf - -inf would be NaN.
+        return z.sub_(_finite(self.top[j, rows]).unsqueeze(1))
+
+    def join(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """m and log s, (N,); the factor that makes a slice's sums relative to m, and what each slice's z - maximum
+        lacks to z - m, (slices, N).   m and log s stay apart: their sum loses digits to large logits."""
+        m = self.top.amax(0)
+        factor = (self.top - m).exp_()
+        return m, (factor * self.sum).sum(0).log_(), factor, _finite(self.top) - m
 
 
 def _forward(policy: _Head, ref: _Head | None, labels: Tensor, *, entropy: bool) -> dict[str, Tensor]:
-    """Every statistic by name; m and log_s stay apart, because their sum loses digits to large logits."""
-    num_rows = policy.hidden.shape[0]
-    run, ref_run = _Running(num_rows, policy.hidden), _Running(num_rows, policy.hidden)
-    label_logit = policy.hidden.new_zeros(num_rows)
-    # Both relative to the maxima so far, so that large logits cost no digits.
-    mean_depth = policy.hidden.new_zeros(num_rows)  # sum exp(z - m) (z - m)
-    mean_gap = policy.hidden.new_zeros(num_rows)  # sum exp(z - m) ((z_ref - m_ref) - (z - m))
-    for cols in _slices(policy.weight.shape[0], _VOCAB_SLICE):
-        columns = policy.columns(cols)
-        ref_columns = None if ref is None else ref.columns(cols)
-        for rows in _slices(num_rows, _ROW_CHUNK):
-            z = policy.logits(rows, columns)
+    """Every statistic by name. A tile's sums are relative to its own maxima, so that large logits cost no digits."""
+    partition, ref_partition = _Partition(policy), None if ref is None else _Partition(ref)
+    label_logit = policy.hidden.new_zeros(len(labels))
+    depth_sum = torch.empty_like(partition.top)  # sum exp(depth) depth, with depth = z - maximum
+    gap_sum = torch.empty_like(partition.top)  # sum exp(depth) (ref_depth - depth)
+    scratch = policy.new_tile() if entropy or ref is not None else None
+    for j, cols in enumerate(policy.cols):
+        columns, ref_columns = policy.columns(cols), None if ref is None else ref.columns(cols)
+        for rows in policy.rows:
+            z = policy.logits(rows, cols, columns)
             inside, index = _inside(labels[rows], cols)
             label_logit[rows] = torch.where(inside, z.gather(1, index).squeeze(1), label_logit[rows])
-            old_m, old_s = run.m[rows].clone(), run.s[rows].clone()
-            p, shrink = run.add(rows, z)
-            if not entropy and ref is None:
-                continue
-            # Older sums were relative to old_m: they move with the maximum, then shrink.
-            step = torch.where(old_s > 0, old_m - run.m[rows], 0.0)
-            depth = z - run.m[rows].unsqueeze(1)
+            depth = partition.lower_(j, rows, z)
+            p = _exp(depth, scratch)
+            partition.sum[j, rows] = p.sum(1)
+            if ref is not None and ref_partition is not None and ref_columns is not None:
+                ref_depth = ref_partition.lower_(j, rows, ref.logits(rows, cols, ref_columns))
+                ref_partition.sum[j, rows] = ref_depth.exp().sum(1)
+                gap_sum[j, rows] = ref_depth.sub_(depth).masked_fill_(p == 0, 0.0).mul_(p).sum(1)
             if entropy:
-                moved = shrink * (mean_depth[rows] + step * old_s)
-                mean_depth[rows] = moved + (p * _zero_where(p == 0, depth)).sum(1)
-            if ref is not None and ref_columns is not None:
-                z_ref, ref_old_m = ref.logits(rows, ref_columns), ref_run.m[rows].clone()
-                ref_run.add(rows, z_ref)
-                ref_depth = z_ref - ref_run.m[rows].unsqueeze(1)
-                ref_step = _zero_where(ref_old_m == -torch.inf, ref_old_m - ref_run.m[rows])
-                moved = _zero_where(shrink == 0, shrink * (mean_gap[rows] + (ref_step - step) * old_s))
-                mean_gap[rows] = moved + (p * _zero_where(p == 0, ref_depth - depth)).sum(1)
-    log_s = run.s.log()
-    stats = {"m": run.m, "log_s": log_s, "logprob": (label_logit - run.m) - log_s}
+                depth_sum[j, rows] = p.mul_(_bounded_(depth)).sum(1)
+    m, log_s, factor, shift = partition.join()
+    stats = {"m": m, "log_s": log_s, "logprob": (label_logit - m) - log_s}
     if entropy:
-        stats["entropy"] = log_s - mean_depth / run.s
-    if ref is not None:
-        ref_log_s = ref_run.s.log()
-        stats["ref_m"], stats["ref_log_s"] = ref_run.m, ref_log_s
-        stats["kl"] = (ref_log_s - log_s) - mean_gap / run.s
+        stats["entropy"] = log_s - (factor * (depth_sum + shift * partition.sum)).sum(0) / log_s.exp()
+    if ref_partition is not None:
+        stats["ref_m"], stats["ref_log_s"], _, ref_shift = ref_partition.join()
+        gap = factor * (gap_sum + (ref_shift - shift) * partition.sum)
+        mean_gap = gap.masked_fill_(factor == 0, 0.0).sum(0) / log_s.exp()
+        stats["kl"] = (stats["ref_log_s"] - log_s) - mean_gap
     return stats
 
 
@@ -252,43 +291,57 @@ def _backward(
     stats: dict[str, Tensor],
     grads: dict[str, Tensor],
     needs: Sequence[bool],
+    dweight: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """With p = softmax(z) and the gradients g of the three outputs,
 
     dz = g_logprob (1[label] - p) - g_entropy p (log p + H) + g_kl p (log p - log q - KL)
+
+    dweight: empty memory for that gradient, where forward made some.
     """
-    num_rows = policy.hidden.shape[0]
-    dhidden = torch.zeros_like(policy.hidden) if needs[0] else None
-    dweight = torch.zeros_like(policy.weight, dtype=policy.dtype) if needs[1] else None
-    dbias = torch.zeros_like(policy.bias, dtype=policy.dtype) if needs[2] and policy.bias is not None else None
-    for cols in _slices(policy.weight.shape[0], _VOCAB_SLICE):
-        columns = policy.columns(cols)
-        ref_columns = None if ref is None else ref.columns(cols)
-        for rows in _slices(num_rows, _ROW_CHUNK):
+    hidden, dtype = policy.hidden, policy.hidden.dtype
+    # Without a row nothing below is written.
+    new = torch.empty_like if policy.rows else torch.zeros_like
+    dhidden = torch.zeros_like(hidden) if needs[0] else None
+    if dweight is None or not needs[1]:
+        dweight = new(policy.weight) if needs[1] else None
+    dbias = new(policy.bias) if needs[2] else None
+    scratch = policy.new_tile() if grads.keys() - {"logprob"} else None
+    for cols in policy.cols:
+        weight, ref_weight = policy.columns(cols), None if ref is None else ref.columns(cols)
+        # Sums over all rows in the dtype of the computation; views of the whole where that is its dtype.
+        dw = None if dweight is None else dweight[cols].to(dtype)
+        db = None if dbias is None else dbias[cols].to(dtype)
+        for rows in policy.rows:
             at = {name: value[rows].unsqueeze(1) for name, value in stats.items()}
             g = {name: grad[rows].unsqueeze(1) for name, grad in grads.items()}
-            logp = (policy.logits(rows, columns) - at["m"]).sub_(at["log_s"])
-            p = logp.exp()
-            slope = torch.zeros_like(at["m"])
-            if "logprob" in g:
-                slope = slope - g["logprob"]
+            z = policy.logits(rows, cols, weight)
+            slope = policy.slope(z)
+            logp = z.sub_(at["m"]).sub_(at["log_s"])
+            p = _exp(logp, scratch)
+            dz_p = -g["logprob"] if "logprob" in g else torch.zeros_like(at["m"])  # what stands behind p in dz
+            if "kl" in g and ref is not None and ref_weight is not None:
+                logq = ref.logits(rows, cols, ref_weight).sub_(at["ref_m"]).sub_(at["ref_log_s"])
+                gap = logq.sub_(logp).masked_fill_(p == 0, 0.0)
+                dz_p = dz_p - gap.add_(at["kl"]).mul_(g["kl"])
             if "entropy" in g:
-                slope = slope - g["entropy"] * (_zero_where(p == 0, logp) + at["entropy"])
-            if "kl" in g and ref is not None and ref_columns is not None:
-                logq = (ref.logits(rows, ref_columns) - at["ref_m"]).sub_(at["ref_log_s"])
-                slope = slope + g["kl"] * (_zero_where(p == 0, logp - logq) - at["kl"])
-            dz = p.mul_(slope)
+                dz_p = dz_p - _bounded_(logp).add_(at["entropy"]).mul_(g["entropy"])
+            dz = p.mul_(dz_p)
             if "logprob" in g:
                 inside, index = _inside(labels[rows], cols)
                 dz.scatter_add_(1, index, g["logprob"] * inside.unsqueeze(1))
-            if policy.temperature != 1.0:
-                dz.div_(policy.temperature)
+            if slope is not None:
+                dz.mul_(slope)
+            more = float(rows.start > 0)  # 0 overwrites what an empty tensor held
             if dhidden is not None:
-                dhidden[rows].addmm_(dz, columns[0])
-            if dweight is not None:
-                dweight[cols].addmm_(dz.T, policy.hidden[rows])
-            if dbias is not None:
-                dbias[cols] += dz.sum(0)
+                dhidden[rows].addmm_(dz, weight)
+            if dw is not None:
+                dw.addmm_(dz.T, hidden[rows], beta=more)
+            if db is not None:
+                torch.add(dz.sum(0), db if more else 0.0, out=db)
+        for whole, part in ((dweight, dw), (dbias, db)):
+            if whole is not None and part is not None and whole.dtype != dtype:
+                whole[cols] = part
     return dhidden, dweight, dbias
 
 
@@ -298,5 +351,15 @@ def _inside(labels: Tensor, cols: slice) -> tuple[Tensor, Tensor]:
     return inside, (labels - cols.start).masked_fill(~inside, 0).unsqueeze(1)
 
 
-def _zero_where(condition: Tensor, x: Tensor) -> Tensor:
-    return x.masked_fill(condition, 0.0)
+def _exp(x: Tensor, scratch: Tensor | None) -> Tensor:
+    """exp(x) in the scratch tile, in place where there is none."""
+    return torch.exp(x, out=x if scratch is None else _first(scratch, *x.shape))
+
+
+def _bounded_(x: Tensor) -> Tensor:
+    """x in place, finite where exp(x) is 0 (in float64 below -745), so that exp(x) x and its gradient are 0 there."""
+    return x.clamp_(min=-1e4)
+
+
+def _finite(top: Tensor) -> Tensor:
+    return top.masked_fill(top == -torch.inf, 0.0)

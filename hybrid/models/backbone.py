@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid.core import InputError, first_line
+from hybrid.functional import soft_capped
 
 __all__ = ["Backbone", "context_length"]
 
@@ -15,8 +16,8 @@ class Backbone(nn.Module):
     """Trunk and LM head of any `transformers` causal LM. Owns the model; gives hidden states, never logits.
 
     The trunk is what `get_decoder()` returns and the head what `get_output_embeddings()` returns; that
-    head(trunk(x)) really is what the model itself computes, up to a constant factor (Cohere, Granite), is
-    checked once on a few tokens when it is built.
+    head(trunk(x)) really is what the model itself computes, up to a constant factor (Cohere, Granite) and a
+    soft-cap (Gemma 2), is checked once on a few tokens when it is built.
     """
 
     def __init__(self, model: Any):
@@ -27,6 +28,8 @@ class Backbone(nn.Module):
             raise InputError(f"{type(model).__name__} has no LM head with a weight: not a causal language model?")
         parameters = inspect.signature(model.get_decoder().forward).parameters
         self._takes_positions = "position_ids" in parameters
+        # logits <- softcap * tanh(logits / softcap)
+        self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.logit_scale = _logit_scale(self)
 
     @classmethod
@@ -69,7 +72,7 @@ class Backbone(nn.Module):
         return self.head_weight.device
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """Hidden states (B, T, D), such that logits = hidden @ head_weight.T + head_bias.
+        """Hidden states (B, T, D), such that logits = hidden @ head_weight.T + head_bias, soft-capped by `softcap`.
 
         attention_mask: (B, T), true on tokens; or, with `position_ids`, segment numbers (see `Batch`).
         """
@@ -109,7 +112,8 @@ class Backbone(nn.Module):
         bias = None if self.head_bias is None else self.head_bias.float()
         # In float32 under autocast too: what is drawn from must be what the log-probs are later computed of.
         with torch.autocast(hidden.device.type, enabled=False):
-            return nn.functional.linear(hidden.float(), self.head_weight.float(), bias), out.past_key_values
+            logits = nn.functional.linear(hidden.float(), self.head_weight.float(), bias)
+            return soft_capped(logits, self.softcap), out.past_key_values
 
     def eos_ids(self, tokenizer: Any) -> list[int]:
         """Every token that ends a response: the tokenizer's EOS, and those of the model's generation config."""
@@ -149,7 +153,7 @@ def _segment_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
 def _logit_scale(backbone: Backbone) -> float:
     """The constant factor of the model's own logits over head(trunk(x)); 1 for nearly every family.
 
-    Raises InputError where the two are not proportional (a soft-cap, a layer between trunk and head).
+    Raises InputError where the two are not proportional, but for a soft-cap (a layer between trunk and head).
     """
     model = backbone.model
     was_training = model.training
@@ -159,14 +163,18 @@ def _logit_scale(backbone: Backbone) -> float:
     hidden = backbone._run(ids, mask, positions(mask), use_cache=False).last_hidden_state
     bias = backbone.head_bias
     ours = nn.functional.linear(hidden, backbone.head_weight).float()
-    theirs = model(input_ids=ids, attention_mask=mask).logits.float() - (0.0 if bias is None else bias.float())
+    theirs = model(input_ids=ids, attention_mask=mask).logits.float()
     model.train(was_training)
-    scale = ((ours * theirs).sum() / (ours**2).sum()).item() if ours.any() else 1.0
+    # Before the soft-cap and the bias they differ by that factor, if by anything.
+    cap, shift = backbone.softcap, 0.0 if bias is None else bias.float()
+    linear = (theirs if cap is None else cap * torch.atanh((theirs / cap).clamp(-0.9999, 0.9999))) - shift
+    scale = ((ours * linear).sum() / (ours**2).sum()).item() if ours.any() else 1.0
+    scale = 1.0 if abs(scale - 1.0) < 1e-3 else scale
     # Rounding of the stored dtype: bf16 keeps 8 bits, and both sides are rounded.
     tolerance = 4 * torch.finfo(hidden.dtype).eps * theirs.abs().max().item() + 1e-4
-    if (theirs - scale * ours).abs().max() > tolerance:
+    if (theirs - soft_capped(scale * ours + shift, cap)).abs().max() > tolerance:
         raise InputError(
             f"{type(model).__name__} computes its logits by more than its LM head on get_decoder()'s output "
-            "(a soft-cap or another layer); such models are not supported"
+            "(another layer); such models are not supported"
         )
-    return 1.0 if abs(scale - 1.0) < 1e-3 else scale
+    return scale

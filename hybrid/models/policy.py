@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybrid.core import IGNORE
+from hybrid.core import IGNORE, InputError
 from hybrid.fused import TokenStats, linear_logprob
 from hybrid.models.backbone import Backbone
 from hybrid.models.heads import ValueHead
@@ -80,7 +80,8 @@ class Policy(nn.Module):
     def target_logprob(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Log-prob of each label from the token before it, (B, T) -> (B, T); 0 at t = 0 and where IGNORE."""
         shifted = labels[:, 1:]
-        stats = linear_logprob(hidden[:, :-1], self.backbone.head_weight, shifted, bias=self.backbone.head_bias)
+        head = self.backbone
+        stats = linear_logprob(hidden[:, :-1], head.head_weight, shifted, bias=head.head_bias, softcap=head.softcap)
         assert stats.logprob is not None
         return nn.functional.pad(stats.logprob, (1, 0))
 
@@ -106,6 +107,11 @@ def response_stats(
     labels = input_ids[:, -length:].masked_fill(~mask, IGNORE)
     other: dict[str, Any] = {}
     if reference is not None and ref_hidden is not None:
+        if reference.softcap != backbone.softcap:
+            raise InputError(
+                f"the exact KL needs a reference with the policy's soft-cap, {backbone.softcap}; "
+                f"it has {reference.softcap}"
+            )
         other = {
             "ref_hidden": before_response(ref_hidden, length).to(hidden.device),
             "ref_weight": reference.head_weight.to(hidden.device),
@@ -117,6 +123,7 @@ def response_stats(
         labels,
         bias=backbone.head_bias,
         temperature=temperature,
+        softcap=backbone.softcap,
         want=want,
         **other,
     )

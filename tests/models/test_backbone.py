@@ -6,7 +6,8 @@ from tiny import FAMILIES, tiny_model
 from torch.nn.functional import linear
 
 from hybrid.core import InputError
-from hybrid.models import Backbone
+from hybrid.functional import soft_capped, token_logprob
+from hybrid.models import Backbone, Policy, response_stats
 
 # Sums in another order, in float32, of numbers around 1.
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -25,7 +26,7 @@ def tokens():
 
 def test_hidden_states_through_the_head_are_the_models_own_logits(backbone, tokens):
     hidden = backbone(*tokens)
-    logits = linear(hidden, backbone.head_weight, backbone.head_bias)
+    logits = soft_capped(linear(hidden, backbone.head_weight, backbone.head_bias), backbone.softcap)
     torch.testing.assert_close(logits, backbone.model(tokens[0]).logits, **CLOSE)
 
 
@@ -69,15 +70,27 @@ def test_packing_is_checked_and_refused_where_segments_are_not_kept_apart(backbo
         other.check_packing()
 
 
-def test_a_model_whose_logits_are_soft_capped_is_refused():
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+def test_the_logits_of_a_soft_capped_model_are_capped():
+    model = tiny_model("gemma2")
+    policy, ids = Policy(model), torch.arange(1, 9).view(2, 4)
+    logits = model(input_ids=ids).logits
+    assert policy.backbone.softcap == 3.0
+    assert logits.abs().max() > 2.0
+    with torch.no_grad():
+        hidden = policy(ids, torch.ones_like(ids)).hidden
+        expected = token_logprob(logits[:, :-1], ids[:, 1:])
+        torch.testing.assert_close(policy.target_logprob(hidden, ids)[:, 1:], expected, atol=1e-5, rtol=1e-5)
+        next_logits, _ = policy.backbone.next_logits(ids, torch.ones_like(ids))
+    torch.testing.assert_close(next_logits, logits[:, -1], atol=1e-5, rtol=1e-5)
 
-    config = Gemma2Config(
-        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.5,
-    )  # fmt: skip
-    with pytest.raises(InputError, match="soft-cap"):
-        Backbone(Gemma2ForCausalLM(config))
+
+def test_an_exact_kl_between_different_soft_caps_is_refused():
+    capped, plain = Policy(tiny_model("gemma2")).backbone, Policy(tiny_model("llama")).backbone
+    hidden, ids = torch.zeros(1, 4, 32), torch.ones(1, 4, dtype=torch.long)
+    with pytest.raises(InputError, match=r"soft-cap, 3\.0; it has None"):
+        response_stats(
+            capped, hidden, ids, torch.ones(1, 2, dtype=torch.bool), want=("kl",), reference=plain, ref_hidden=hidden
+        )
 
 
 def test_a_model_that_is_nowhere_is_an_input_error(tmp_path):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hybrid.core import InputError, unknown_name
-from hybrid.functional import token_logprob
 from hybrid.functional.logprob import IGNORE
+from hybrid.fused import token_stats
 from hybrid.rewards.base import register_reward
 from hybrid.rewards.models import ModelReward, pretrained, shared
 
@@ -240,5 +240,7 @@ def _forward(model: Any, windows: list[Tokens]) -> Tensor:
     logprob = torch.zeros(labels.shape, dtype=torch.float64)
     for rows in (labels != IGNORE).nonzero().split(max(1, LOGITS_PER_SLICE // logits.shape[-1])):
         at = rows.unbind(-1)
-        logprob[tuple(x.cpu() for x in at)] = token_logprob(logits[at], labels[at]).cpu().double()
+        picked = token_stats(logits[at], labels[at]).logprob
+        assert picked is not None
+        logprob[tuple(x.cpu() for x in at)] = picked.cpu().double()
     return logprob.sum(-1)
