@@ -15,7 +15,7 @@ from hybrid.fused import kernel_backend
 from hybrid.mixing import make_strategy
 from hybrid.optim import listing, listing_markdown
 from hybrid.rewards import RewardError, make_reward, reward_listing, reward_markdown, reward_schema
-from hybrid.run import CONFIG, EXPORT, summary, summary_table, write_report
+from hybrid.run import CONFIG, EXPORT, comparison_table, summary, summary_table, write_comparison, write_report
 from hybrid.scoring import (
     COLUMNS,
     component_table,
@@ -104,8 +104,9 @@ def _parser() -> argparse.ArgumentParser:
         names.add_argument("--markdown", action="store_true", help="as the README's table")
         names.set_defaults(command=_names, kind=kind)
 
-    report = commands.add_parser("report", help="write report.html anew from a run's folder")
-    report.add_argument("run", help="a run's folder")
+    report = commands.add_parser("report", help="write a run's report.html anew; or compare runs on one page")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder; of several, a comparison")
+    report.add_argument("--output", default="comparison.html", metavar="FILE", help="of a comparison")
     report.set_defaults(command=_report)
     return parser
 
@@ -159,8 +160,15 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    write_report(args.run)
-    _show(Path(args.run))
+    if len(args.runs) == 1:
+        write_report(args.runs[0])
+        _show(Path(args.runs[0]))
+        return
+    from rich.console import Console
+
+    page = write_comparison(args.runs, args.output)
+    Console().print(comparison_table(args.runs))
+    print(f"comparison: {page}")
 
 
 def _reward(args: argparse.Namespace) -> None:

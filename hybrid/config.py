@@ -64,6 +64,7 @@ class RunConfig:
 
     output: str | None = None  # folder; None: nothing is written
     seed: int = 0
+    trackers: tuple[str, ...] = ()  # of tensorboard, wandb, mlflow, trackio; the folder's own files are always written
 
     def __post_init__(self) -> None:
         if self.output is not None:
@@ -144,11 +145,15 @@ class HybridConfig:
             "reward": reward,
         }
 
+    def written(self) -> dict[str, Any]:
+        """`to_dict` in the types of YAML and JSON; a function in it by its name, "module:name"."""
+        return _writable(self.to_dict())
+
     def save(self, path: Path) -> None:
-        """Write the resolved config as YAML; a function in it by its name, "module:name"."""
+        """Write the resolved config as YAML."""
         import yaml
 
-        text = yaml.safe_dump(_writable(self.to_dict()), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(self.written(), sort_keys=False, allow_unicode=True)
         path.write_text(text, encoding="utf-8")
 
 

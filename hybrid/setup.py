@@ -12,6 +12,7 @@ from hybrid.config import HybridConfig, ModelConfig, ReferenceConfig
 from hybrid.core import Batch, Encoded, Example, InputError, first_line
 from hybrid.data import (
     DataConfig,
+    Loader,
     collate,
     encode,
     encode_all,
@@ -21,15 +22,18 @@ from hybrid.data import (
     split_examples,
 )
 from hybrid.models import Policy, Reference, context_length
+from hybrid.run import check_trackers
 
 __all__ = [
     "Corpus",
     "ReferenceLike",
+    "build_loaders",
     "build_policy",
     "build_references",
     "encoded_corpus",
     "load_tokenizer",
     "model_context",
+    "random_streams",
     "read_examples_of",
     "resolved",
 ]
@@ -80,8 +84,29 @@ class Corpus:
         return collate(self.encoded(rows), pad_id=filler_id(self.tokenizer))
 
 
+def build_loaders(config: HybridConfig, corpus: Corpus) -> tuple[Loader, Loader]:
+    """Endless batches of the training examples, for SFT steps and for rollouts. Raises InputError without data."""
+    examples = corpus.train
+    if not examples:
+        raise InputError("training needs data: give HybridTrainer(train_data=...) or the config's data.train")
+    seed, pad_id = config.run.seed, filler_id(corpus.tokenizer)
+    packing_length = config.data.max_length if config.sft.packing else None
+    return (
+        Loader(examples, config.sft.batch_size, seed=seed, pad_id=pad_id, packing_length=packing_length),
+        Loader(examples, config.ppo.batch_size, seed=seed + 1, pad_id=pad_id),
+    )
+
+
+def random_streams(seed: int, device: torch.device) -> tuple[torch.Generator, torch.Generator, torch.Generator]:
+    """Random numbers that do not disturb each other: of rollouts, of the order of minibatches, of `generate`."""
+    rollouts = torch.Generator(device).manual_seed(seed)
+    order = torch.Generator().manual_seed(seed)
+    return rollouts, order, torch.Generator(device).manual_seed(seed + 1)
+
+
 def resolved(config: HybridConfig, policy: Any, train_data: Any, eval_data: Any, reward: Any) -> HybridConfig:
     """The config with what was given in code put in, so that a run's config.yaml says all that can be written."""
+    check_trackers(config.run.trackers, config.run.output)
     model = config.model
     if isinstance(policy, (str, Path)):
         model = replace(model, name=str(policy))

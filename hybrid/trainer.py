@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hybrid.config import HybridConfig
 from hybrid.core import IGNORE, Batch, InputError, Rollout
-from hybrid.data import Loader, filler_id
+from hybrid.data import Loader
 from hybrid.evaluate import evaluate_rewards, evaluate_sft, sample_rows
 from hybrid.mixing import Sequential, Strategy, make_strategy
 from hybrid.models import Policy
@@ -30,14 +30,26 @@ from hybrid.rollout import (
     respond,
     response_texts,
 )
-from hybrid.run import CHECKPOINT, CONFIG, EXPORT, RunLog, filled_folder, open_run_folder, write_report
+from hybrid.run import (
+    CHECKPOINT,
+    CONFIG,
+    EXPORT,
+    RunLog,
+    Trackers,
+    filled_folder,
+    make_trackers,
+    open_run_folder,
+    write_report,
+)
 from hybrid.setup import (
     ReferenceLike,
+    build_loaders,
     build_policy,
     build_references,
     encoded_corpus,
     load_tokenizer,
     model_context,
+    random_streams,
     read_examples_of,
     resolved,
 )
@@ -124,7 +136,7 @@ class HybridTrainer:
             num_updates=self._num_updates(self.strategy),
         )
         self.kl = kl_controller(config.kl)
-        self.sampler, self.shuffler, self.speaker = _generators(config.run.seed, self.policy.device)
+        self.sampler, self.shuffler, self.speaker = random_streams(config.run.seed, self.policy.device)
         self._loaders: tuple[Loader, Loader] | None = None
         self.num_steps = 0  # of the loop, SFT and PPO steps together
 
@@ -150,7 +162,7 @@ class HybridTrainer:
         if not self.num_steps:
             self.updater.num_updates = self._num_updates(strategy)
         total = None if strategy.num_steps is None else self.num_steps + strategy.num_steps
-        with RunLog(self.folder, total_steps=total) as log:
+        with RunLog(self.folder, total_steps=total, trackers=self._trackers()) as log:
             before = self._log_evaluation(log)
             try:
                 return self._steps(strategy, log, before)
@@ -323,15 +335,7 @@ class HybridTrainer:
 
     def _both_loaders(self) -> tuple[Loader, Loader]:
         if self._loaders is None:
-            config, examples = self.config, self.corpus.train
-            if not examples:
-                raise InputError("training needs data: give HybridTrainer(train_data=...) or the config's data.train")
-            seed, pad_id = config.run.seed, filler_id(self.tokenizer)
-            packing_length = config.data.max_length if config.sft.packing else None
-            self._loaders = (
-                Loader(examples, config.sft.batch_size, seed=seed, pad_id=pad_id, packing_length=packing_length),
-                Loader(examples, config.ppo.batch_size, seed=seed + 1, pad_id=pad_id),
-            )
+            self._loaders = build_loaders(self.config, self.corpus)
         return self._loaders
 
     def _collect_options(self) -> dict[str, Any]:
@@ -362,6 +366,12 @@ class HybridTrainer:
     def _steps_per_epoch(self) -> tuple[int, int]:
         return len(self.loader), len(self.prompts)
 
+    def _trackers(self) -> Trackers | None:
+        if self.folder is None:
+            return None
+        names, config = self.config.run.trackers, self.config.written()
+        return make_trackers(names, folder=self.folder, run_name=self.folder.name, config=config)
+
     def _evaluate(self) -> tuple[Metrics, list[dict[str, Any]]]:
         config, examples = self.config.eval, self.corpus.eval
         metrics: Metrics = {}
@@ -388,10 +398,3 @@ class HybridTrainer:
 
     def _log_samples(self, log: RunLog, phase: str, rows: list[dict[str, Any]]) -> None:
         log.samples({"step": self.num_steps, "phase": phase, "index": i, **row} for i, row in enumerate(rows))
-
-
-def _generators(seed: int, device: torch.device) -> tuple[torch.Generator, torch.Generator, torch.Generator]:
-    """Streams of random numbers that do not disturb each other: rollouts, the order of minibatches, `generate`."""
-    rollouts = torch.Generator(device).manual_seed(seed)
-    order = torch.Generator().manual_seed(seed)
-    return rollouts, order, torch.Generator(device).manual_seed(seed + 1)

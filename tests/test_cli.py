@@ -61,6 +61,16 @@ def test_a_finished_run_can_be_evaluated_asked_and_reported(config, tmp_path, ca
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+def test_two_runs_are_compared_on_one_page(config, tmp_path, capsys):
+    runs = [tmp_path / name for name in ("one", "two")]
+    for run, lr in zip(runs, ("1e-5", "1e-3"), strict=True):
+        assert main(["train", str(config), f"run.output={run}", f"optimizer.lr={lr}"]) == 0
+    page = tmp_path / "comparison.html"
+    assert main(["report", *map(str, runs), "--output", str(page)]) == 0
+    assert "one" in capsys.readouterr().out
+    assert "optimizer.lr" in page.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("kind", ["optimizers", "schedulers"])
 def test_the_readmes_table_is_what_the_command_prints(kind, capsys):
     assert main([kind, "--markdown"]) == 0
@@ -94,6 +104,7 @@ def test_generate_takes_any_model_and_may_be_greedy(stories, capsys):
         (["reward=null"], "reward is missing"),
         (["sampling.temperature=0"], "sampling.temperature must be > 0"),
         (["run.output=/proc/nowhere"], "cannot write"),
+        (["run.trackers=[wand]"], "unknown tracker 'wand'; did you mean 'wandb'"),
         (["reward={type: sentimental_lexicon}"], "did you mean 'sentiment_lexicon'"),
         (["reward={type: length_window, mim: 3}"], "did you mean 'min'"),
     ],

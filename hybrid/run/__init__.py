@@ -1,8 +1,10 @@
 """A run's folder: what is written while training, and what is made of it afterwards."""
 
 from hybrid.run.checkpoint import filled_folder
+from hybrid.run.compare import comparison_table, write_comparison
 from hybrid.run.report import Summary, SummaryRow, summary, summary_table, write_report
 from hybrid.run.track import CHECKPOINT, CONFIG, EXPORT, RunLog, open_run_folder, read_jsonl
+from hybrid.run.trackers import Trackers, check_trackers, make_trackers
 
 __all__ = [
     "CHECKPOINT",
@@ -11,10 +13,15 @@ __all__ = [
     "RunLog",
     "Summary",
     "SummaryRow",
+    "Trackers",
+    "check_trackers",
+    "comparison_table",
     "filled_folder",
+    "make_trackers",
     "open_run_folder",
     "read_jsonl",
     "summary",
     "summary_table",
+    "write_comparison",
     "write_report",
 ]

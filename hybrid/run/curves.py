@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Curve", "Rows", "curves", "finite"]
+__all__ = ["PANELS", "Curve", "Rows", "curves", "dress", "finite", "inlined", "points_of"]
 
 Rows = list[dict[str, Any]]
 Points = list[tuple[float, float, float]]  # step, number, standard error (0 where there is none)
 Span = tuple[str, float, float]  # phase, and the steps between which it went on
 
 # Title, unit, and which number of which phase is drawn.
-_PANELS = (
+PANELS = (
     ("Reward", "mean score", {"ppo": "reward", "eval": "reward"}),
     ("KL to the reference", "nats per response", {"ppo": "kl", "eval": "kl"}),
     ("SFT loss", "nats per token", {"sft": "loss", "eval": "sft_loss"}),
@@ -55,8 +55,8 @@ def curves(rows: Mapping[str, Rows]) -> list[Curve]:
     if len(set(steps)) < 2:
         return []
     drawn = []
-    for title, unit, keys in _PANELS:
-        series = {phase: _points(rows[phase], key) for phase, key in keys.items()}
+    for title, unit, keys in PANELS:
+        series = {phase: points_of(rows[phase], key) for phase, key in keys.items()}
         series = {phase: points for phase, points in series.items() if points}
         if series:
             ends = [f"{_PHASES[phase]} from {p[0][1]:.3g} to {p[-1][1]:.3g}" for phase, p in series.items()]
@@ -66,7 +66,7 @@ def curves(rows: Mapping[str, Rows]) -> list[Curve]:
     return drawn
 
 
-def _points(rows: Rows, key: str) -> Points:
+def points_of(rows: Rows, key: str) -> Points:
     numbers = ((row["step"], finite(row, key), finite(row, f"{key}_sem") or 0.0) for row in rows)
     return [(step, value, error) for step, value, error in numbers if value is not None]
 
@@ -102,7 +102,7 @@ def _svg(title: str, series: Mapping[str, Points], spans: list[Span], steps: tup
                 axes.plot(step, value, "o-", color=ink, ms=size, lw=0.8, zorder=3, clip_on=False)
             else:
                 axes.plot(step, value, "o" if len(step) == 1 else "-", color=ink, ms=3.2, lw=1.1)
-        _dress(axes, spans, steps)
+        dress(axes, spans, steps)
         svg = io.StringIO()
         figure.savefig(
             svg,
@@ -110,10 +110,10 @@ def _svg(title: str, series: Mapping[str, Points], spans: list[Span], steps: tup
             transparent=True,
             metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
         )
-    return _inlined(svg.getvalue())
+    return inlined(svg.getvalue())
 
 
-def _dress(axes: "Axes", spans: list[Span], steps: tuple[float, float]) -> None:
+def dress(axes: "Axes", spans: list[Span], steps: tuple[float, float]) -> None:
     """Axes that stay behind the data: few numbers, hairlines, and on the floor a ribbon of the phases."""
     from matplotlib.ticker import MaxNLocator
 
@@ -137,7 +137,7 @@ def _tick(x: float) -> str:
     return text.replace("-", "\N{MINUS SIGN}")
 
 
-def _inlined(svg: str) -> str:
+def inlined(svg: str) -> str:
     """The drawing as part of a page: no prologue, no style or size of its own, the page's colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<svg.*?(viewBox=.*?) xmlns=.*?>", r'<svg \1 aria-hidden="true">', svg, count=1)

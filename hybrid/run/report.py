@@ -15,7 +15,19 @@ from hybrid.run.track import CONFIG, METRICS, SAMPLES, read_jsonl
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Summary", "SummaryRow", "summary", "summary_table", "write_report"]
+__all__ = [
+    "MEASURES",
+    "NUM_SAMPLES",
+    "Summary",
+    "SummaryRow",
+    "facts_of",
+    "rows_of",
+    "shown",
+    "summary",
+    "summary_table",
+    "typeset",
+    "write_report",
+]
 
 NUM_SAMPLES = 12  # prompts shown before and after: a few screens
 
@@ -45,7 +57,7 @@ class Summary:
 
 def summary(folder: str | Path) -> Summary:
     """A run's first and last evaluation, side by side. Refuses (InputError) what is no run folder."""
-    return _summary(_rows(Path(folder)))
+    return _summary(rows_of(Path(folder)))
 
 
 def summary_table(summary: Summary) -> "Table":
@@ -75,16 +87,16 @@ def write_report(folder: str | Path) -> Path:
     from jinja2 import Environment, StrictUndefined
 
     folder = Path(folder)
-    rows = _rows(folder)
+    rows = rows_of(folder)
     samples = read_jsonl(folder / SAMPLES) if (folder / SAMPLES).exists() else []
     config = (folder / CONFIG).read_text("utf-8") if (folder / CONFIG).exists() else ""
 
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"typeset": _typeset, "finite": finite}
+    page.filters |= {"typeset": typeset, "finite": finite}
     source = resources.files("hybrid.run").joinpath("report.html.jinja").read_text("utf-8")
     html = page.from_string(source).render(
         name=folder.resolve().name,
-        facts=_facts(folder, rows, config),
+        facts=facts_of(folder, rows, config),
         summary=_summary(rows),
         phases=[phase for phase in rows if rows[phase]],
         curves=curves(rows),
@@ -100,7 +112,7 @@ def write_report(folder: str | Path) -> Path:
         part.unlink(missing_ok=True)
 
 
-def _rows(folder: Path) -> dict[str, Rows]:
+def rows_of(folder: Path) -> dict[str, Rows]:
     """Rows of metrics.jsonl by phase, in order of step. Where a resumed run repeats a step, the later row."""
     path = folder / METRICS
     if not path.is_file():
@@ -129,7 +141,7 @@ def _ratio(before: float, after: float) -> str:
 
 
 # Name of the number, what it is called, its unit, how it is written, how its change is.
-_MEASURES: tuple[tuple[str, str, str, str, Callable[[float, float], str]], ...] = (
+MEASURES: tuple[tuple[str, str, str, str, Callable[[float, float], str]], ...] = (
     ("reward", "Mean reward", "± standard error", "{:z.3f}", _difference("{:+z.3f}")),
     ("positive", "Reward above zero", "share of responses", "{:.0%}", _difference("{:+z.0f} points", 100)),
     ("sft_loss", "Validation SFT loss", "nats per token", "{:z.3f}", _percent),
@@ -143,10 +155,10 @@ _MEASURES: tuple[tuple[str, str, str, str, Callable[[float, float], str]], ...] 
 def _summary(rows: Mapping[str, Rows]) -> Summary:
     evals = rows["eval"][:1] + rows["eval"][1:][-1:]
     measured = []
-    for key, name, unit, format, change in _MEASURES:
+    for key, name, unit, format, change in MEASURES:
         known = [value for row in evals if (value := finite(row, key)) is not None]
         if known:
-            values = tuple(_value(row, key, format) for row in evals)
+            values = tuple(shown(row, key, format) for row in evals)
             measured.append(SummaryRow(name, unit, values, change(*known) if len(known) == 2 else ""))
     num_prompts = finite(evals[-1], "num_prompts") if evals else None
     return Summary(
@@ -156,14 +168,14 @@ def _summary(rows: Mapping[str, Rows]) -> Summary:
     )
 
 
-def _value(row: Mapping[str, Any], key: str, format: str) -> str:
+def shown(row: Mapping[str, Any], key: str, format: str) -> str:
     value, error = finite(row, key), finite(row, f"{key}_sem")
     if value is None:
         return "n/a"
     return format.format(value) + (f" ±\N{NO-BREAK SPACE}{format.format(error)}" if error is not None else "")
 
 
-def _facts(folder: Path, rows: Mapping[str, Rows], config: str) -> dict[str, str]:
+def facts_of(folder: Path, rows: Mapping[str, Rows], config: str) -> dict[str, str]:
     """What stands under the title."""
     import yaml  # jsonargparse, which wrote the file, depends on it
 
@@ -206,6 +218,6 @@ def _before_and_after(samples: Rows) -> list[list[dict[str, Any]]]:
     return [[end[index] for end in ends] for index in shared]
 
 
-def _typeset(text: str) -> str:
+def typeset(text: str) -> str:
     """Numbers with a real minus sign, which is as wide as a plus."""
     return text.replace("-", "\N{MINUS SIGN}")

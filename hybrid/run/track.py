@@ -16,6 +16,8 @@ from hybrid.core import InputError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from hybrid.run.trackers import Status, Trackers
+
 __all__ = ["CHECKPOINT", "CONFIG", "EXPORT", "METRICS", "SAMPLES", "RunLog", "open_run_folder", "read_jsonl"]
 
 CONFIG = "config.yaml"
@@ -85,12 +87,21 @@ class RunLog:
 
     folder: None writes no files.   total_steps: None where the end is not known.
     live: False keeps the console silent, as on all processes but the first.
+    trackers: get the numbers of every step and the samples of evaluations; they are closed with the log.
     """
 
-    def __init__(self, folder: str | Path | None, *, total_steps: int | None, live: bool = True):
+    def __init__(
+        self,
+        folder: str | Path | None,
+        *,
+        total_steps: int | None,
+        live: bool = True,
+        trackers: "Trackers | None" = None,
+    ):
         self.folder = None if folder is None else Path(folder)
         self.total_steps = total_steps
         self.live = live
+        self.trackers = trackers
         self._files: dict[str, TextIO] = {}
         self._console: _Console | None = None
         self._closing = ExitStack()
@@ -104,19 +115,28 @@ class RunLog:
             self._console = self._closing.enter_context(_Console(self.total_steps))
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._closing.close()
+        if self.trackers is not None:
+            failed: Status = "stopped" if kind is KeyboardInterrupt else "failed"
+            self.trackers.close("finished" if kind is None else failed)
 
     def step(self, record: Mapping[str, Any]) -> None:
         """One training or evaluation row: {"step", "phase", ...numbers}."""
         row = _plain(record)
         self._write(METRICS, [row])
+        if self.trackers is not None:
+            numbers = {name: value for name, value in row.items() if name not in ("step", "phase", "cycle")}
+            self.trackers.log(numbers, row["step"], row["phase"])
         if self._console is not None:
             self._console.show(row)
 
     def samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Responses: {"step", "phase", "index", "prompt", "response", "target", "reward", "components"}."""
-        self._write(SAMPLES, [_plain(row) for row in rows])
+        plain = [_plain(row) for row in rows]
+        self._write(SAMPLES, plain)
+        if self.trackers is not None and plain and plain[0]["phase"] == "eval":
+            self.trackers.samples(plain, plain[0]["step"])
 
     def _write(self, name: str, rows: list[dict[str, Any]]) -> None:
         if self.folder is not None:

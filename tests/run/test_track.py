@@ -160,3 +160,36 @@ def test_broken_line_that_is_not_cut_off_is_refused_by_number(tmp_path, line):
     path.write_text(f'{{"a": 1}}\n{line}\n')
     with pytest.raises(InputError, match="line 2"):
         read_jsonl(path)
+
+
+class Recorder:
+    """Trackers that keep what they are given."""
+
+    def __init__(self):
+        self.calls = []
+
+    def log(self, metrics, step, phase):
+        self.calls.append(("log", metrics, step, phase))
+
+    def samples(self, rows, step):
+        self.calls.append(("samples", [row["response"] for row in rows], step))
+
+    def close(self, status):
+        self.calls.append(("close", status))
+
+
+def test_trackers_get_numbers_and_the_samples_of_evaluations():
+    trackers = Recorder()
+    with RunLog(None, total_steps=None, live=False, trackers=trackers) as log:
+        log.step({"step": 3, "phase": "ppo", "cycle": 1, "reward": 0.5})
+        log.samples([{"step": 3, "phase": "ppo", "response": "a"}])
+        log.samples([{"step": 3, "phase": "eval", "response": "b"}])
+    assert trackers.calls == [("log", {"reward": 0.5}, 3, "ppo"), ("samples", ["b"], 3), ("close", "finished")]
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "stopped"), (ValueError, "failed")])
+def test_trackers_are_told_how_a_run_ended(error, status):
+    trackers = Recorder()
+    with pytest.raises(error), RunLog(None, total_steps=None, live=False, trackers=trackers):
+        raise error
+    assert trackers.calls == [("close", status)]
