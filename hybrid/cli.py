@@ -14,6 +14,7 @@ from hybrid.data import read_rows
 from hybrid.fused import kernel_backend
 from hybrid.mixing import make_strategy
 from hybrid.optim import listing, listing_markdown
+from hybrid.resume import MODEL
 from hybrid.rewards import RewardError, make_reward, reward_listing, reward_markdown, reward_schema
 from hybrid.run import CONFIG, EXPORT, comparison_table, summary, summary_table, write_comparison, write_report
 from hybrid.scoring import (
@@ -72,8 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(command=_demo)
 
     train = commands.add_parser("train", help="run a config: evaluate, train, evaluate, report")
-    train.add_argument("config", help="a YAML or JSON file")
+    train.add_argument("config", nargs="?", help="a YAML or JSON file")
     _add_overrides(train)
+    train.add_argument("--resume", metavar="RUN", help="go on with a stopped run from its newest whole checkpoint")
     train.set_defaults(command=_train)
 
     generate = commands.add_parser("generate", help="answer prompts with a trained run or any model")
@@ -82,8 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     generate.set_defaults(command=_generate)
 
-    evaluate = commands.add_parser("eval", help="the held-out measures of a trained run, or of a config's model")
-    evaluate.add_argument("config", help="a run's folder, or a YAML or JSON file")
+    evaluate = commands.add_parser("eval", help="the held-out measures of a run, a checkpoint, or a config's model")
+    evaluate.add_argument("config", help="a run's folder, one of its checkpoints, or a YAML or JSON file")
     _add_overrides(evaluate)
     evaluate.set_defaults(command=_eval)
 
@@ -122,13 +124,23 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
+    if args.resume is not None:
+        if args.config is not None:
+            raise InputError("train takes a CONFIG or --resume RUN, whose config is in its folder")
+        _run(HybridTrainer.resume(args.resume))
+        return
+    if args.config is None:
+        raise InputError("train takes a CONFIG, or --resume RUN")
     config = HybridConfig.from_file(args.config, args.overrides)
     if config.run.output is None:
         config = replace(config, run=replace(config.run, output=f"runs/{Path(args.config).stem}"))
     if config.data.train is None:
         raise InputError("config: data.train is missing; give a file or a Hugging Face dataset")
     config.check_training(make_strategy(config.mixing))
-    trainer = HybridTrainer(_model_name(config), config=config)
+    _run(HybridTrainer(_model_name(config), config=config))
+
+
+def _run(trainer: HybridTrainer) -> None:
     print(f"device: {trainer.policy.device}, kernels: {kernel_backend(trainer.policy.device)}")
     trainer.train()
     assert trainer.folder is not None
@@ -233,10 +245,11 @@ def _model_name(config: HybridConfig) -> str:
 
 
 def _trained(folder: Path, overrides: Sequence[str]) -> HybridConfig:
-    """The config of a finished run with the model it exported; a reference that was the model it started
-    from is still that one."""
-    if not (folder / EXPORT).is_dir():
-        raise InputError(f"{str(folder)!r} is not a finished run: it has no {EXPORT} folder")
+    """The config of a run with the model it exported, or of a checkpoint with the model in it; a reference that was
+    the model it started from is still that one."""
+    model = next((folder / name for name in (EXPORT, MODEL) if (folder / name).is_dir()), None)
+    if model is None or not (folder / CONFIG).is_file():
+        raise InputError(f"{str(folder)!r} is neither a run with an {EXPORT} folder nor a checkpoint")
     config = HybridConfig.from_file(folder / CONFIG, overrides)
     if config.model.name is None:
         raise InputError(f"{str(folder / CONFIG)!r} does not say what model the run started from; set model.name=...")
@@ -245,7 +258,7 @@ def _trained(folder: Path, overrides: Sequence[str]) -> HybridConfig:
     )
     return replace(
         config,
-        model=replace(config.model, name=str(folder / EXPORT)),
+        model=replace(config.model, name=str(model)),
         references=references,
         run=replace(config.run, output=None),
     )

@@ -14,6 +14,7 @@ from hybrid.evaluate import EvalConfig
 from hybrid.mixing import Strategy, make_strategy
 from hybrid.optim import check_optimizer, check_scheduler
 from hybrid.rollout import KLConfig, SamplingConfig, ScoreConfig
+from hybrid.run import CheckpointConfig
 from hybrid.steps import GradientConfig, PPOConfig, SFTConfig
 
 __all__ = ["HybridConfig", "ModelConfig", "ReferenceConfig", "RunConfig"]
@@ -93,6 +94,7 @@ class HybridConfig:
     scheduler: dict[str, Any] = field(default_factory=dict)
     gradient: GradientConfig = field(default_factory=GradientConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:

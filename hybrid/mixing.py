@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any, Literal
 
 from hybrid.core import InputError, Registry, build
@@ -44,6 +44,11 @@ class Strategy(ABC):
             return None
         plans = (self.plan(step, {}) for step in range(self.num_steps))
         return sum(updates[plan.kind] for plan in plans if plan is not None)
+
+    def spec(self) -> dict[str, Any] | None:
+        """What `make_strategy` makes it from; None of one that is not registered, or no dataclass."""
+        names = [name for name in _strategies if _strategies[name] is type(self)]
+        return {"strategy": names[0], **asdict(self)} if names and is_dataclass(self) else None
 
     @abstractmethod
     def for_epochs(self, epochs: float, sft_steps_per_epoch: int, ppo_steps_per_epoch: int) -> "Strategy":

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from hybrid.config import HybridConfig
-from hybrid.core import IGNORE, Batch, InputError, Rollout
+from hybrid.core import Batch, InputError, Rollout
 from hybrid.data import Loader
-from hybrid.evaluate import evaluate_rewards, evaluate_sft, sample_rows
+from hybrid.evaluate import evaluate_rewards, evaluate_sft
+from hybrid.loop import Progress, run
 from hybrid.mixing import Sequential, Strategy, make_strategy
 from hybrid.models import Policy
-from hybrid.resume import load_training_state, training_state
+from hybrid.resume import load_checkpoint, resumable, write_checkpoint
 from hybrid.rewards import make_reward
 from hybrid.rollout import (
     Ids,
@@ -30,17 +31,7 @@ from hybrid.rollout import (
     respond,
     response_texts,
 )
-from hybrid.run import (
-    CHECKPOINT,
-    CONFIG,
-    EXPORT,
-    RunLog,
-    Trackers,
-    filled_folder,
-    make_trackers,
-    open_run_folder,
-    write_report,
-)
+from hybrid.run import filled_folder, open_run_folder
 from hybrid.setup import (
     ReferenceLike,
     build_loaders,
@@ -68,8 +59,6 @@ from hybrid.steps import (
 __all__ = ["HybridTrainer"]
 
 Metrics = dict[str, float]
-
-NUM_SAMPLES = 4  # responses of each rollout that samples.jsonl keeps
 
 
 class HybridTrainer:
@@ -133,65 +122,53 @@ class HybridTrainer:
             config.optimizer,
             config.scheduler,
             config.gradient,
-            num_updates=self._num_updates(self.strategy),
+            num_updates=self.num_updates(self.strategy),
         )
         self.kl = kl_controller(config.kl)
         self.sampler, self.shuffler, self.speaker = random_streams(config.run.seed, self.policy.device)
         self._loaders: tuple[Loader, Loader] | None = None
         self.num_steps = 0  # of the loop, SFT and PPO steps together
+        self._left: tuple[Strategy, Progress] | None = None  # of a resumed run
 
     # The loop
 
     def train(self, epochs: float | None = None) -> Metrics:
-        """Run the configured mixture, for `epochs` passes over the data where given. Returns the last evaluation."""
+        """Run the configured mixture, for `epochs` passes over the data where given. Returns the last evaluation.
+
+        Of a resumed run this is what it had left.
+        """
+        if self._left is not None:
+            left, self._left = self._left, None
+            return run(self, *left)
         if epochs is None:
-            return self._run(self.strategy)
-        return self._run(self.strategy.for_epochs(epochs, *self._steps_per_epoch()))
+            return run(self, self.strategy)
+        return run(self, self.strategy.for_epochs(epochs, *self._steps_per_epoch()))
 
     def run_training(self, supervised_epochs: float = 1, rl_epochs: float = 1) -> Metrics:
         """SFT for some passes over the examples, then PPO for some passes over their prompts."""
         sft_steps, ppo_steps = self._steps_per_epoch()
-        return self._run(Sequential(math.ceil(supervised_epochs * sft_steps), math.ceil(rl_epochs * ppo_steps)))
+        return run(self, Sequential(math.ceil(supervised_epochs * sft_steps), math.ceil(rl_epochs * ppo_steps)))
 
-    def _run(self, strategy: Strategy) -> Metrics:
-        self.config.check_training(strategy)
-        if "sft" in strategy.kinds and not any(set(e.labels) - {IGNORE} for e in self.loader.examples):
-            raise InputError("SFT steps need targets: no training example has one; set the mixture's SFT steps to 0")
-        if self.folder is not None:
-            self.config.save(self.folder / CONFIG)
-        if not self.num_steps:
-            self.updater.num_updates = self._num_updates(strategy)
-        total = None if strategy.num_steps is None else self.num_steps + strategy.num_steps
-        with RunLog(self.folder, total_steps=total, trackers=self._trackers()) as log:
-            before = self._log_evaluation(log)
-            try:
-                return self._steps(strategy, log, before)
-            finally:
-                # Also where the run was stopped: what it has learnt by then is not lost.
-                if self.folder is not None and self.num_steps:
-                    self.save(self.folder / EXPORT)
-                    write_report(self.folder)
+    @classmethod
+    def resume(cls, folder: str | Path, **given: Any) -> "HybridTrainer":
+        """The trainer of a run that was stopped or killed, as its newest whole checkpoint has it.
 
-    def _steps(self, strategy: Strategy, log: RunLog, before: Metrics) -> Metrics:
-        """Every step of the strategy, logged; returns the last evaluation, `before` where no step was taken."""
-        first, every, began = self.num_steps, self.config.eval.every, time.perf_counter()
-        metrics: Metrics = {}
-        evaluation = first, before
-        while (plan := strategy.plan(self.num_steps - first, metrics)) is not None:
-            step_began = time.perf_counter()
-            self.num_steps += 1
-            if plan.kind == "sft":
-                metrics = self.sft_step(next(self.loader))
-            else:
-                rollout = self.rollout(next(self.prompts))
-                metrics = self.ppo_step(rollout)
-                self._log_samples(log, "ppo", sample_rows(rollout)[:NUM_SAMPLES])
-            now = time.perf_counter()
-            clock = {"seconds": now - step_began, "elapsed": now - began}
-            log.step({"step": self.num_steps, "phase": plan.kind, "cycle": plan.cycle, **clock, **metrics})
-            if every and self.num_steps % every == 0:
-                evaluation = self.num_steps, self._log_evaluation(log)
-        return evaluation[1] if evaluation[0] == self.num_steps else self._log_evaluation(log)
+            HybridTrainer.resume("runs/reviews").train()
+
+        takes the steps that the run had left, and the same ones. Broken checkpoints are skipped with a warning.
+        given: what the run was given in code and its config.yaml cannot hold: train_data, reward, reference ...
+        Raises InputError where there is no run or no whole checkpoint.
+        """
+        folder = Path(folder)
+        config, checkpoint = resumable(folder)
+        # The folder holds a run, which a new one would be refused.
+        trainer = cls(config=replace(config, run=replace(config.run, output=None, trackers=())), **given)
+        trainer.config = replace(trainer.config, run=config.run)
+        trainer.folder = folder
+        state = load_checkpoint(trainer, checkpoint)["progress"]
+        spec = state.pop("strategy")
+        trainer._left = (trainer.strategy if spec is None else make_strategy(spec)), Progress(**state)
+        return trainer
 
     # The steps
 
@@ -299,7 +276,24 @@ class HybridTrainer:
 
     def evaluate(self) -> Metrics:
         """The held-out measures of `hybrid.evaluate`, on the same prompts with the same draws every time."""
-        return self._evaluate()[0]
+        return self.evaluation()[0]
+
+    def evaluation(self) -> tuple[Metrics, list[dict[str, Any]]]:
+        """What `evaluate` measures, and the responses that it measured, a row each."""
+        config, examples = self.config.eval, self.corpus.eval
+        metrics: Metrics = {}
+        rows: list[dict[str, Any]] = []
+        with self.autocast():
+            if examples:
+                metrics = evaluate_sft(self.policy, examples[: config.num_examples], batch_size=config.batch_size)
+            if examples and self.reward is not None:
+                rewards, rows = evaluate_rewards(
+                    self.policy, self.references, self.reward, examples[: config.num_prompts],
+                    tokenizer=self.tokenizer, sampling=self.config.sampling,
+                    batch_size=config.batch_size, seed=config.seed,
+                )  # fmt: skip
+                metrics |= rewards
+        return metrics, rows
 
     def save(self, folder: str | Path) -> None:
         """Write policy and tokenizer as a plain transformers folder, the value head beside them."""
@@ -308,13 +302,11 @@ class HybridTrainer:
     def save_checkpoint(self, folder: str | Path) -> None:
         """Write everything that the next step depends on: weights, optimizer, scheduler, counters, random streams."""
         with filled_folder(folder) as temporary:
-            torch.save({"policy": self.policy.state_dict(), **training_state(self)}, temporary / CHECKPOINT)
+            write_checkpoint(self, temporary)
 
     def load_checkpoint(self, folder: str | Path) -> None:
         """Go on from a checkpoint of a trainer that was made alike; the steps that follow are the same, bit for bit."""
-        state = torch.load(Path(folder) / CHECKPOINT, map_location="cpu", weights_only=True)
-        self.policy.load_state_dict(state["policy"])
-        load_training_state(self, state)
+        load_checkpoint(self, Path(folder))
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 computation where `model.precision` says so; the weights keep their dtype."""
@@ -360,41 +352,9 @@ class HybridTrainer:
 
         return self.updater(microbatches, autocast_loss, lr_factor=lr_factor)
 
-    def _num_updates(self, strategy: Strategy) -> int | None:
+    def num_updates(self, strategy: Strategy) -> int | None:
+        """Optimizer steps of a strategy's run; None where not known."""
         return strategy.num_updates({"sft": 1, "ppo": self.config.ppo.num_updates})
 
     def _steps_per_epoch(self) -> tuple[int, int]:
         return len(self.loader), len(self.prompts)
-
-    def _trackers(self) -> Trackers | None:
-        if self.folder is None:
-            return None
-        names, config = self.config.run.trackers, self.config.written()
-        return make_trackers(names, folder=self.folder, run_name=self.folder.name, config=config)
-
-    def _evaluate(self) -> tuple[Metrics, list[dict[str, Any]]]:
-        config, examples = self.config.eval, self.corpus.eval
-        metrics: Metrics = {}
-        rows: list[dict[str, Any]] = []
-        with self.autocast():
-            if examples:
-                metrics = evaluate_sft(self.policy, examples[: config.num_examples], batch_size=config.batch_size)
-            if examples and self.reward is not None:
-                rewards, rows = evaluate_rewards(
-                    self.policy, self.references, self.reward, examples[: config.num_prompts],
-                    tokenizer=self.tokenizer, sampling=self.config.sampling,
-                    batch_size=config.batch_size, seed=config.seed,
-                )  # fmt: skip
-                metrics |= rewards
-        return metrics, rows
-
-    def _log_evaluation(self, log: RunLog) -> Metrics:
-        metrics, rows = self._evaluate()
-        if metrics:
-            log.step({"step": self.num_steps, "phase": "eval", **metrics})
-            self.updater.evaluated(metrics, self.config.eval.metric)
-            self._log_samples(log, "eval", rows)
-        return metrics
-
-    def _log_samples(self, log: RunLog, phase: str, rows: list[dict[str, Any]]) -> None:
-        log.samples({"step": self.num_steps, "phase": phase, "index": i, **row} for i, row in enumerate(rows))

@@ -27,11 +27,12 @@ FLOORS = {
     "config": 6,
     "setup": 7,
     "resume": 7,
-    "trainer": 8,
-    "demo": 9,
-    "cli": 10,
-    "__main__": 11,
-    "__init__": 11,
+    "loop": 8,
+    "trainer": 9,
+    "demo": 10,
+    "cli": 11,
+    "__main__": 12,
+    "__init__": 12,
 }
 # The two ground floors that know nothing of each other, and core, which everyone may use.
 STANDALONE = {"functional": {"functional"}, "core": {"core"}, "run": {"run", "core"}}

@@ -1,15 +1,20 @@
 """A run's folder: what is written while training, and what is made of it afterwards."""
 
 from hybrid.run.checkpoint import filled_folder
+from hybrid.run.checkpoints import CheckpointConfig, Checkpoints
 from hybrid.run.compare import comparison_table, write_comparison
 from hybrid.run.report import Summary, SummaryRow, summary, summary_table, write_report
-from hybrid.run.track import CHECKPOINT, CONFIG, EXPORT, RunLog, open_run_folder, read_jsonl
+from hybrid.run.signals import stop_requested
+from hybrid.run.state_file import load_state, save_state
+from hybrid.run.track import CHECKPOINTS, CONFIG, EXPORT, RunLog, open_run_folder, read_jsonl
 from hybrid.run.trackers import Trackers, check_trackers, make_trackers
 
 __all__ = [
-    "CHECKPOINT",
+    "CHECKPOINTS",
     "CONFIG",
     "EXPORT",
+    "CheckpointConfig",
+    "Checkpoints",
     "RunLog",
     "Summary",
     "SummaryRow",
@@ -17,9 +22,12 @@ __all__ = [
     "check_trackers",
     "comparison_table",
     "filled_folder",
+    "load_state",
     "make_trackers",
     "open_run_folder",
     "read_jsonl",
+    "save_state",
+    "stop_requested",
     "summary",
     "summary_table",
     "write_comparison",

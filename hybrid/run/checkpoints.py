@@ -8,6 +8,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from hybrid.core import InputError, first_line
 from hybrid.run.checkpoint import filled_folder
 
-__all__ = ["Checkpoints"]
+__all__ = ["CheckpointConfig", "Checkpoints"]
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -28,6 +29,24 @@ _NAME = re.compile(r"step-(0|[1-9]\d*)")
 _HIDDEN = re.compile(r"\.step-(0|[1-9]\d*)-(.+)")
 _BEFORE = "before"  # what stood in the place of a checkpoint that is being saved again
 _DELETED = "deleted"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When a run saves all that it needs to go on, and what it keeps of that. A stopped run saves always."""
+
+    every: int = 100  # steps of the loop; 0: only when it is stopped
+    keep_last: int | None = 2  # None: all
+    keep_best: int = 1  # by `eval.metric`, of those that were evaluated at their step
+    best: Literal["min", "max"] = "min"  # which end of that metric is the better
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise InputError(f"CheckpointConfig.every must be >= 0, got {self.every}")
+        for name in ("keep_last", "keep_best"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise InputError(f"CheckpointConfig.{name} must be at least 1, got {number}")
 
 
 class Checkpoints:

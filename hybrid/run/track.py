@@ -6,23 +6,33 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from hybrid.core import InputError
+from hybrid.run.checkpoint import filled_folder
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from hybrid.run.trackers import Status, Trackers
 
-__all__ = ["CHECKPOINT", "CONFIG", "EXPORT", "METRICS", "SAMPLES", "RunLog", "open_run_folder", "read_jsonl"]
+__all__ = [
+    "CHECKPOINTS",
+    "CONFIG",
+    "EXPORT",
+    "METRICS",
+    "SAMPLES",
+    "RunLog",
+    "open_run_folder",
+    "read_jsonl",
+]
 
 CONFIG = "config.yaml"
 EXPORT = "export"
-CHECKPOINT = "training_state.pt"
+CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 
@@ -83,7 +93,8 @@ class RunLog:
             log.samples([{"step": 1, "phase": "ppo", "index": 0, "prompt": "…", …}])
 
     Every row is with the operating system before the call returns: a process that is killed loses none.
-    A folder that holds rows is continued, without the half line that a crash may have left.
+    A folder that holds rows is continued, without the half line that a crash may have left, and without the rows
+    after `step`, which a resumed run writes anew. Two logs of one folder at a time are refused (InputError).
 
     folder: None writes no files.   total_steps: None where the end is not known.
     live: False keeps the console silent, as on all processes but the first.
@@ -96,11 +107,12 @@ class RunLog:
         *,
         total_steps: int | None,
         live: bool = True,
+        step: int | None = None,
         trackers: "Trackers | None" = None,
     ):
         self.folder = None if folder is None else Path(folder)
         self.total_steps = total_steps
-        self.live = live
+        self.live, self.step_before = live, step
         self.trackers = trackers
         self._files: dict[str, TextIO] = {}
         self._console: _Console | None = None
@@ -109,6 +121,9 @@ class RunLog:
     def __enter__(self) -> Self:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._closing.enter_context(_locked(self.folder))
+            if self.step_before is not None:
+                _cut(self.folder, self.step_before)
             for name in (METRICS, SAMPLES):
                 self._files[name] = self._closing.enter_context(_appended(self.folder / name))
         if self.live:
@@ -138,11 +153,52 @@ class RunLog:
         if self.trackers is not None and plain and plain[0]["phase"] == "eval":
             self.trackers.samples(plain, plain[0]["step"])
 
+    def say(self, line: str) -> None:
+        """A line for whoever watches; not part of the record."""
+        if self.live:
+            print(line, file=sys.stderr)
+
     def _write(self, name: str, rows: list[dict[str, Any]]) -> None:
         if self.folder is not None:
             file = self._files[name]
-            file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+            file.writelines(_line(row).decode("utf-8") for row in rows)
             file.flush()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The folder is this process's until the block ends, however the process ends. Where there is no flock: nothing."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another run is writing to the folder {str(folder)!r}") from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def _cut(folder: Path, step: int) -> None:
+    """Leave out of a run's rows what came after `step`."""
+    for name in (METRICS, SAMPLES):
+        file = folder / name
+        rows = read_jsonl(file) if file.exists() else []
+        kept = [row for row in rows if row["step"] <= step]
+        if len(kept) < len(rows):
+            with filled_folder(folder) as temporary:
+                (temporary / name).write_bytes(b"".join(map(_line, kept)))
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    # A lone surrogate is no UTF-8, but its backslash form is the right JSON escape.
+    text = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode("utf-8", errors="backslashreplace")
 
 
 def _appended(path: Path) -> TextIO:
@@ -151,8 +207,7 @@ def _appended(path: Path) -> TextIO:
         data = path.read_bytes()
         if not data.endswith(b"\n"):
             os.truncate(path, data.rfind(b"\n") + 1)
-    # A lone surrogate is no UTF-8, but its backslash form is the right JSON escape.
-    return path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
+    return path.open("a", encoding="utf-8", newline="\n")
 
 
 def _plain(value: Any) -> Any:

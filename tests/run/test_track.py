@@ -162,6 +162,28 @@ def test_broken_line_that_is_not_cut_off_is_refused_by_number(tmp_path, line):
         read_jsonl(path)
 
 
+def test_rows_after_the_step_that_a_run_goes_on_from_are_left_out(tmp_path):
+    with RunLog(tmp_path, total_steps=None, live=False) as log:
+        for step in (1, 2, 3):
+            log.step({"step": step, "phase": "sft"})
+            log.samples([{"step": step, "phase": "ppo", "response": "a\ud800"}])
+    with RunLog(tmp_path, total_steps=None, live=False, step=2) as log:
+        log.step({"step": 3, "phase": "ppo"})
+    assert [row["phase"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == ["sft", "sft", "ppo"]
+    assert [row["step"] for row in read_jsonl(tmp_path / "samples.jsonl")] == [1, 2]
+
+
+def test_a_second_log_of_one_folder_is_refused(tmp_path):
+    with (
+        RunLog(tmp_path, total_steps=None, live=False),
+        pytest.raises(InputError, match="another run is writing to the folder"),
+        RunLog(tmp_path, total_steps=None, live=False),
+    ):
+        pass
+    with RunLog(tmp_path, total_steps=None, live=False):
+        pass
+
+
 class Recorder:
     """Trackers that keep what they are given."""
 

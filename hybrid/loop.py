@@ -1,0 +1,135 @@
+"""The loop of a run: which step comes next, what is logged, evaluated and saved on the way."""
+
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hybrid.core import IGNORE, InputError
+from hybrid.evaluate import sample_rows
+from hybrid.mixing import Strategy
+from hybrid.resume import write_checkpoint
+from hybrid.run import CHECKPOINTS, CONFIG, EXPORT, Checkpoints, RunLog, make_trackers, stop_requested, write_report
+
+__all__ = ["Progress", "run"]
+
+NUM_SAMPLES = 4  # responses of each rollout that samples.jsonl keeps
+
+Metrics = dict[str, float]
+
+
+@dataclass
+class Progress:
+    """Where one call of `train` stands; a checkpoint keeps it, so that a resumed run takes the same steps.
+
+    first: the trainer's step count when the call began.   metrics: of the last step.
+    evaluated, evaluation: when the last evaluation was made, and what it found.
+    """
+
+    first: int
+    metrics: Metrics = field(default_factory=dict)
+    evaluated: int | None = None
+    evaluation: Metrics = field(default_factory=dict)
+
+
+def run(trainer: Any, strategy: Strategy, progress: Progress | None = None) -> Metrics:
+    """Every step of the strategy, from where `progress` stands. Returns the last evaluation.
+
+    SIGINT and SIGTERM finish the step, save a checkpoint where the run has a folder, and end the run.
+    """
+    trainer.config.check_training(strategy)
+    if "sft" in strategy.kinds and not any(set(e.labels) - {IGNORE} for e in trainer.loader.examples):
+        raise InputError("SFT steps need targets: no training example has one; set the mixture's SFT steps to 0")
+    folder, progress = trainer.folder, progress or Progress(first=trainer.num_steps)
+    if not trainer.num_steps:
+        trainer.updater.num_updates = trainer.num_updates(strategy)
+    total = None if strategy.num_steps is None else progress.first + strategy.num_steps
+    trackers = None
+    if folder is not None:
+        trainer.config.save(folder / CONFIG)
+        names, config = trainer.config.run.trackers, trainer.config.written()
+        trackers = make_trackers(names, folder=folder, run_name=folder.name, config=config)
+    with RunLog(folder, total_steps=total, step=trainer.num_steps, trackers=trackers) as log:
+        try:
+            return _Loop(trainer, strategy, progress, log).run()
+        finally:
+            # Also where the run was stopped: what it has learnt by then is not lost.
+            if folder is not None and trainer.num_steps:
+                trainer.save(folder / EXPORT)
+                write_report(folder)
+
+
+class _Loop:
+    def __init__(self, trainer: Any, strategy: Strategy, progress: Progress, log: RunLog):
+        self.trainer, self.strategy, self.progress, self.log = trainer, strategy, progress, log
+        self.began = time.perf_counter()
+        config = trainer.config.checkpoint
+        self.every = config.every
+        self.checkpoints = None
+        if trainer.folder is not None:
+            best = trainer.config.eval.metric, config.best
+            self.checkpoints = Checkpoints(
+                trainer.folder / CHECKPOINTS, keep_last=config.keep_last, best=best, keep_best=config.keep_best
+            )
+
+    def run(self) -> Metrics:
+        trainer, progress = self.trainer, self.progress
+        if progress.evaluated is None:
+            self._evaluate()
+        # Without a folder there is nothing to save: a signal then means what it always does.
+        with stop_requested() if self.checkpoints is not None else nullcontext() as stop:
+            while (plan := self.strategy.plan(trainer.num_steps - progress.first, progress.metrics)) is not None:
+                self._step(plan.kind, plan.cycle)
+                if trainer.config.eval.every and trainer.num_steps % trainer.config.eval.every == 0:
+                    self._evaluate()
+                signal = None if stop is None else stop.signal
+                due = self.checkpoints is not None and self.every and trainer.num_steps % self.every == 0
+                if signal or due:
+                    self._save()
+                if signal:
+                    self.log.say(
+                        f"stopped by {signal.name} after step {trainer.num_steps}; "
+                        f"go on with: hybrid train --resume {trainer.folder}"
+                    )
+                    return progress.evaluation
+        if progress.evaluated != trainer.num_steps:
+            self._evaluate()
+        return progress.evaluation
+
+    def _step(self, kind: str, cycle: int) -> None:
+        trainer, began = self.trainer, time.perf_counter()
+        trainer.num_steps += 1
+        if kind == "sft":
+            metrics = trainer.sft_step(next(trainer.loader))
+        else:
+            rollout = trainer.rollout(next(trainer.prompts))
+            metrics = trainer.ppo_step(rollout)
+            self._log_samples("ppo", sample_rows(rollout)[:NUM_SAMPLES])
+        now = time.perf_counter()
+        clock = {"seconds": now - began, "elapsed": now - self.began}
+        self.log.step({"step": trainer.num_steps, "phase": kind, "cycle": cycle, **clock, **metrics})
+        self.progress.metrics = metrics
+
+    def _evaluate(self) -> None:
+        metrics, rows = self.trainer.evaluation()
+        if metrics:
+            self.log.step({"step": self.trainer.num_steps, "phase": "eval", **metrics})
+            self.trainer.updater.evaluated(metrics, self.trainer.config.eval.metric)
+            self._log_samples("eval", rows)
+        self.progress.evaluated, self.progress.evaluation = self.trainer.num_steps, metrics
+
+    def _save(self) -> None:
+        assert self.checkpoints is not None
+        state = {"strategy": self.strategy.spec(), **asdict(self.progress)}
+        # An evaluation of an earlier step says nothing of this one.
+        fresh = self.progress.evaluated == self.trainer.num_steps
+        self.checkpoints.save(
+            self.trainer.num_steps,
+            lambda folder: write_checkpoint(self.trainer, folder, progress=state),
+            self.progress.evaluation if fresh else {},
+        )
+
+    def _log_samples(self, phase: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        step = self.trainer.num_steps
+        self.log.samples({"step": step, "phase": phase, "index": i, **row} for i, row in enumerate(rows))
