@@ -9,6 +9,7 @@ Writes benchmarks/results/rewards-<device>.json.
 import json
 import platform
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,9 +18,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
+# A script's own folder comes first on the path, and transformers imports a package called `kernels`, not our file.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 
-from hybrid.rewards import Reward, make_reward
+import torch  # noqa: E402
+
+from hybrid.rewards import Reward, make_reward  # noqa: E402
 
 NUM_TEXTS = 256
 ROUNDS = 3
@@ -37,7 +41,8 @@ def main() -> None:
             reward = make_reward(spec)
             reward(texts[0], targets[0])  # loads the model
             rows.append({"reward": name, **_timed(reward, texts, targets)})
-            print("{reward:32} batch {batch_s:7.3f} s   single {single_s:7.3f} s   ratio 1/{ratio:.1f}".format(**rows[-1]))
+            line = "{reward:32} batch {batch_s:7.3f} s   single {single_s:7.3f} s   ratio 1/{ratio:.1f}"
+            print(line.format(**rows[-1]))
     device = "cuda" if torch.cuda.is_available() else f"cpu-{torch.get_num_threads()}-threads"
     result = {
         "benchmark": "rewards",

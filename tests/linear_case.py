@@ -53,9 +53,17 @@ class Case:
         )
         return hidden @ weight.T + (0 if bias is None else bias)
 
-    def by_definition(self, temperature=1.0):
+    def by_definition(self, temperature=1.0, softcap=None):
+        options = {"temperature": temperature, "softcap": softcap}
         return {
-            "logprob": token_logprob(self.logits(), self.labels, temperature=temperature),
-            "entropy": entropy(self.logits(), temperature=temperature),
-            "kl": full_kl(self.logits(), self.logits(ref=True), temperature=temperature),
+            "logprob": token_logprob(self.logits(), self.labels, **options),
+            "entropy": entropy(self.logits(), **options),
+            "kl": full_kl(self.logits(), self.logits(ref=True), **options),
         }
+
+    def double(self):
+        """The same numbers in float64."""
+        twin = Case.__new__(Case)
+        for name, x in vars(self).items():
+            setattr(twin, name, x.detach().double() if x is not None and x.is_floating_point() else x)
+        return twin

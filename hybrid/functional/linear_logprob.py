@@ -2,7 +2,8 @@
 
 The head's product is taken one (rows x vocabulary slice) tile at a time. Forward keeps, for each token and slice,
 the maximum and the sums relative to it, and joins the slices at the end; backward takes the product again, tile by
-tile. Memory is a few tiles and the statistics instead of N x V, for one more product of 2 N V D operations.
+tile, but for those whose logits found room. Memory is a few tiles, that room and the statistics instead of N x V,
+for up to one more product of 2 N V D operations.
 """
 
 import math
@@ -41,7 +42,7 @@ def linear_logprob(
     """`token_stats` of the logits hidden @ weight.T + bias.
 
     hidden: (..., D).   weight: (V, D).   bias: (V,).   labels: (...) int32 or int64, the token that hidden[t] predicts;
-        rows whose label is IGNORE are left out: their results are 0 and have no gradient.
+        rows whose label is IGNORE are left out: they give 0, have no gradient and may hold anything, NaN too.
     want: any of "logprob", "entropy", "kl". "kl" is KL(policy || reference) and needs ref_hidden (..., D')
         and ref_weight (V, D'); the reference gets no gradient.
     Products and statistics are float32 (float64 where an input is), also under autocast.
@@ -120,18 +121,26 @@ class _Head:
         self.rows = list(_slices(hidden.shape[0], _ROW_CHUNK))
         self.cols = list(_slices(self.weight.shape[0], _VOCAB_SLICE))
         self.tile = self.new_tile()
-        self.kept: dict[tuple[int, int], Tensor] = {}  # tiles by their first row and column, see `keep_in`
-        self.spare, self.free = 0, self.hidden.new_empty(0)
+        self.kept: dict[tuple[int, int], Tensor] = {}  # logits by the tile's first row and column
+        self.dweight: Tensor | None = None
+        self.spare, self.free = 0, self.hidden.new_empty(0)  # bytes, and memory, that kept logits may still take
 
-    def keep(self, dweight: Tensor | None) -> None:
-        """Keep tiles from now on, so as not to compute them again: some in memory of their own, some in `dweight`.
+    def keep(self) -> None:
+        """Keep the logits of the first tiles from now on, so that backward need not compute them again.
 
-        That is the gradient of the weight, still empty. Tiles fill it from its end, and only where it is written,
-        slice after slice, after they were read.
+        Before memory of their own they get that of the weight's gradient, as long as it is empty. Backward writes
+        that slice after slice from its start; so they stand at its end, in the order in which they will be read, and
+        are so few that each is read before its place is written.
         """
         self.spare = _SPARE
-        if dweight is not None:
-            self.free = dweight.view(-1)
+        if self.weight.requires_grad and self.weight.dtype == self.hidden.dtype and self.rows:
+            self.dweight = torch.empty_like(self.weight, memory_format=torch.contiguous_format)
+            num, width = self.dweight.numel(), self.cols[0].stop
+            of_gradient, of_logits = width * self.hidden.shape[1], width * self.hidden.shape[0]
+            # The first slice's logits must lie behind the first slice of the gradient, the last kept one's behind
+            # its own; those between do then.
+            slices = max(0, min((num - of_gradient) // of_logits, (num - of_logits) // of_gradient))
+            self.free = self.dweight.view(-1)[num - slices * of_logits :]
 
     def new_tile(self) -> Tensor:
         return self.hidden.new_empty(min(self.hidden.shape[0], _ROW_CHUNK) * min(self.weight.shape[0], _VOCAB_SLICE))
@@ -154,12 +163,12 @@ class _Head:
             z.div_(self.softcap).tanh_().mul_(self.softcap)
         if self.temperature != 1.0:
             z.div_(self.temperature)
-        if self.spare >= z.nbytes:
-            self.spare -= z.nbytes
+        if len(self.free) >= z.numel():
+            self.kept[key] = _first(self.free, *z.shape).copy_(z)
+            self.free = self.free[z.numel() :]
+        elif self.spare >= z.nbytes:
             self.kept[key] = z.clone()
-        elif len(self.free) - z.numel() >= cols.stop * hidden.shape[1]:
-            self.free, last = self.free[: -z.numel()], self.free[-z.numel() :]
-            self.kept[key] = last.view_as(z).copy_(z)
+            self.spare -= z.nbytes
         return z
 
     def slope(self, z: Tensor) -> Tensor | float | None:
@@ -197,16 +206,13 @@ class _LinearLogprob(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         with torch.autocast(hidden.device.type, enabled=False):
             policy = _Head((hidden, weight, bias), scale, dtype)
-            dweight = None
-            if trained and weight.requires_grad and weight.dtype == dtype and policy.rows:
-                dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
             if trained:
-                policy.keep(dweight)
+                policy.keep()
             ref = _Head(reference, scale, dtype) if reference else None
             stats = _forward(policy, ref, labels, entropy="entropy" in want)
         ctx.save_for_backward(hidden, weight, bias, labels, *reference, *stats.values())
         ctx.names, ctx.want, ctx.scale, ctx.dtype = tuple(stats), want, scale, dtype
-        ctx.dweight, ctx.kept = dweight, policy.kept
+        ctx.kept, ctx.dweight = policy.kept, policy.dweight
         return tuple(stats[name] for name in want)
 
     @staticmethod
@@ -217,8 +223,9 @@ class _LinearLogprob(torch.autograd.Function):
         hidden, weight, bias, labels, *others = ctx.saved_tensors
         stats = dict(zip(ctx.names, others[-len(ctx.names) :], strict=True))
         reference = others[: -len(ctx.names)]
-        # Once: a second backward (retain_graph) finds them overwritten.
-        dweight, kept, ctx.dweight, ctx.kept = ctx.dweight, ctx.kept, None, {}
+        # Only once: the first backward overwrites them, a second one (retain_graph) computes all anew.
+        kept, dweight = ctx.kept, ctx.dweight
+        ctx.kept, ctx.dweight = {}, None
         with torch.autocast(hidden.device.type, enabled=False):
             policy = _Head((hidden, weight, bias), ctx.scale, ctx.dtype)
             policy.kept = kept
@@ -243,11 +250,11 @@ class _Partition:
         return z.sub_(_finite(self.top[j, rows]).unsqueeze(1))
 
     def join(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """m and log s, (N,); the factor that makes a slice's sums relative to m, and what each slice's z - maximum
-        lacks to z - m, (slices, N).   m and log s stay apart: their sum loses digits to large logits."""
+        """m and s, (N,); the factor that makes a slice's sums relative to m, and what is to be added to a slice's
+        z - maximum to make it z - m, (slices, N)."""
         m = self.top.amax(0)
         factor = (self.top - m).exp_()
-        return m, (factor * self.sum).sum(0).log_(), factor, _finite(self.top) - m
+        return m, (factor * self.sum).sum(0), factor, _finite(self.top) - m
 
 
 def _forward(policy: _Head, ref: _Head | None, labels: Tensor, *, entropy: bool) -> dict[str, Tensor]:
@@ -272,15 +279,16 @@ def _forward(policy: _Head, ref: _Head | None, labels: Tensor, *, entropy: bool)
                 gap_sum[j, rows] = ref_depth.sub_(depth).masked_fill_(p == 0, 0.0).mul_(p).sum(1)
             if entropy:
                 depth_sum[j, rows] = p.mul_(_bounded_(depth)).sum(1)
-    m, log_s, factor, shift = partition.join()
-    stats = {"m": m, "log_s": log_s, "logprob": (label_logit - m) - log_s}
+    m, s, factor, shift = partition.join()
+    # m and log s stay apart: their sum would lose digits to large logits.
+    stats = {"m": m, "log_s": s.log(), "logprob": (label_logit - m) - s.log()}
     if entropy:
-        stats["entropy"] = log_s - (factor * (depth_sum + shift * partition.sum)).sum(0) / log_s.exp()
+        stats["entropy"] = s.log() - (factor * (depth_sum + shift * partition.sum)).sum(0) / s
     if ref_partition is not None:
-        stats["ref_m"], stats["ref_log_s"], _, ref_shift = ref_partition.join()
-        gap = factor * (gap_sum + (ref_shift - shift) * partition.sum)
-        mean_gap = gap.masked_fill_(factor == 0, 0.0).sum(0) / log_s.exp()
-        stats["kl"] = (stats["ref_log_s"] - log_s) - mean_gap
+        stats["ref_m"], ref_s, _, ref_shift = ref_partition.join()
+        stats["ref_log_s"] = ref_s.log()
+        gap = (factor * (gap_sum + (ref_shift - shift) * partition.sum)).masked_fill_(factor == 0, 0.0)
+        stats["kl"] = (ref_s.log() - s.log()) - gap.sum(0) / s
     return stats
 
 

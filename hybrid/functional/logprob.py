@@ -2,7 +2,8 @@
 
 These are the definitions. `linear_logprob` gives the same numbers from hidden states, without the logits.
 Logits of -inf (a masked vocabulary) are legal: such a token has probability 0 and adds 0 to every sum.
-Everywhere p = softmax(z / temperature), and z is logits, or c tanh(logits / c) where softcap is a number c.
+Everywhere p = softmax(z / temperature), and z is logits, or c tanh(logits / c) where softcap is a number c (which
+makes a logit of -inf a legal -c: mask after the cap).
 """
 
 from collections.abc import Collection
@@ -55,7 +56,8 @@ def token_stats(
     """
     check_want("token_stats", want, ref_logits=ref_logits)
     ignored = labels == IGNORE
-    logits = logits.masked_fill(ignored.unsqueeze(-1), 0.0)
+    # Cast here, so that the gradients of all three meet in float32.
+    logits = to_float(logits)[0].masked_fill(ignored.unsqueeze(-1), 0.0)
     stats = {}
     if "logprob" in want:
         stats["logprob"] = token_logprob(logits, labels, temperature=temperature, softcap=softcap)
