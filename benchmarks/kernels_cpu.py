@@ -136,7 +136,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
                 line.plot([row[axis] for row in chosen], [row[f"{name} {unit}"] for row in chosen], "o-", label=name)
             line.set(xscale="log", yscale="log", xlabel=f"{axis}   ({other} = {at}, D = 768)", ylabel=unit)
             line.minorticks_off()
-            line.set_xticks([row[axis] for row in chosen], [str(row[axis]) for row in chosen])
+            line.set_xticks([row[axis] for row in chosen], [str(row[axis]) for row in chosen], rotation=30)
             line.legend()
     figure.suptitle(f"Forward + backward of the head in float32, {device_name()}")
     figure.savefig(file, dpi=110)

@@ -12,7 +12,7 @@ from hybrid.core import Batch, Encoded, InputError, Rollout
 from hybrid.data import filler_id, left_pad
 from hybrid.functional import kl_estimate, masked_sum, masked_whiten, token_reward
 from hybrid.models import Policy, Reference, before_response, response_stats
-from hybrid.rewards import Reward, RewardError
+from hybrid.rewards import Reward, RewardError, RewardOutput
 from hybrid.rollout.kl import KLKind
 from hybrid.rollout.sample import Responses, SamplingConfig, sample
 
@@ -70,9 +70,7 @@ def collect(
     texts = response_texts(tokenizer, responses)
     prompts, targets = tuple(e.prompt for e in examples), tuple(e.target for e in examples)
     scores = reward.score(texts, targets, prompts, [e.item for e in examples])
-    kept = [i for i, valid in enumerate(scores.valid.tolist()) if valid]
-    if not kept:
-        raise RewardError(f"reward {reward.component_name!r} skipped all {len(scores)} responses of a rollout")
+    kept = _rows_with_a_score(scores, reward)
     scored = time.perf_counter()
     rollout = assemble(
         policy,
@@ -101,6 +99,13 @@ def collect(
             "score": time.perf_counter() - scored,
         },
     )
+
+
+def _rows_with_a_score(scores: RewardOutput, reward: Reward) -> list[int]:
+    kept = [i for i, valid in enumerate(scores.valid.tolist()) if valid]
+    if not kept:
+        raise RewardError(f"reward {reward.component_name!r} skipped all {len(scores)} responses of a rollout")
+    return kept
 
 
 def respond(
