@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 
@@ -12,6 +12,7 @@ from hybrid.core import InputError, parse_yaml
 from hybrid.data import DataConfig
 from hybrid.evaluate import EvalConfig
 from hybrid.mixing import Strategy, make_strategy
+from hybrid.models import LoraConfig, require
 from hybrid.optim import check_optimizer, check_scheduler
 from hybrid.rollout import KLConfig, SamplingConfig, ScoreConfig
 from hybrid.run import CheckpointConfig
@@ -39,16 +40,24 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; PPO's small updates round away in bfloat16
     precision: Literal["float32", "bfloat16"] = "float32"  # of the computation; bfloat16: by autocast
     device: str = "auto"  # auto: the GPU where there is one
+    lora: LoraConfig | None = None  # train adapters on the frozen model ({}: with their defaults); None: all weights
+    load_in_4bit: bool = False  # the frozen linear layers as nf4, by bitsandbytes; needs lora
 
     def __post_init__(self) -> None:
         _check_device(self.device, "ModelConfig.device")
+        if self.load_in_4bit:
+            if self.lora is None:
+                raise ValueError(
+                    "ModelConfig.load_in_4bit needs model.lora: 4-bit weights cannot be trained, adapters on them can"
+                )
+            require("bitsandbytes", "model.load_in_4bit", "bnb")
 
 
 @dataclass(frozen=True)
 class ReferenceConfig:
     """A frozen model that the policy is held close to."""
 
-    model: str | None = None  # a folder or a hub name; None: a copy of the policy as it starts
+    model: str | None = None  # a folder or a hub name; None: a copy of the policy as it starts; with model.lora: the same model, adapter off
     weight: float = 1.0  # the factor of its KL in the sum
     device: str | None = None  # None: the policy's
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: float32
@@ -83,6 +92,7 @@ class HybridConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     references: tuple[ReferenceConfig, ...] = (ReferenceConfig(),)
     data: DataConfig = field(default_factory=DataConfig)
+    ptx_data: DataConfig = field(default_factory=DataConfig)  # a second data set, which strategy ptx trains on
     reward: Any = None
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
@@ -101,10 +111,16 @@ class HybridConfig:
         make_strategy(self.mixing)
         check_optimizer(self.optimizer)
         check_scheduler(self.scheduler)
+        for number, reference in enumerate(self.references if self.model.lora else ()):
+            if reference.model is None and (reference.device, reference.dtype) != (None, None):
+                raise ValueError(
+                    f"references[{number}] is the policy's own model with the adapter off, which has no device or dtype "
+                    "of its own: leave them out, or name a model"
+                )
 
     def check_training(self, strategy: Strategy) -> None:
         """Refuse what no run of the strategy can be made with."""
-        if "ppo" not in strategy.kinds:
+        if strategy.kinds == {"sft"}:
             return
         if self.reward is None:
             raise InputError("config: reward is missing, which PPO steps need; give one, or leave PPO out of mixing")
@@ -236,12 +252,13 @@ def _check_keys(kind: type, values: Any, path: str) -> None:
                 f"config: unknown key {path + str(key)!r}; "
                 + (f"did you mean {path + near[0]!r}?" if near else f"known: {', '.join(known)}")
             )
-        inner = known[key].default_factory
-        if isinstance(inner, type) and is_dataclass(inner):
-            _check_keys(inner, value, f"{path}{key}.")
-        if kind is HybridConfig and key == "references":
-            for number, reference in enumerate(value if isinstance(value, (list, tuple)) else [value]):
-                _check_keys(ReferenceConfig, reference, f"{key}[{number}].")
+        hint: Any = known[key].type
+        for inner in filter(is_dataclass, (hint, *get_args(hint))):
+            if get_origin(hint) is tuple:
+                for number, entry in enumerate(value if isinstance(value, (list, tuple)) else [value]):
+                    _check_keys(inner, entry, f"{path}{key}[{number}].")
+            elif value is not None or type(None) not in get_args(hint):
+                _check_keys(inner, value, f"{path}{key}.")
 
 
 def _one_line(error: Exception) -> str:

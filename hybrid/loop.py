@@ -1,5 +1,6 @@
 """The loop of a run: which step comes next, what is logged, evaluated and saved on the way."""
 
+import copy
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -8,7 +9,7 @@ from typing import Any
 
 from hybrid.core import IGNORE, InputError
 from hybrid.evaluate import sample_rows
-from hybrid.mixing import Strategy
+from hybrid.mixing import Plan, Strategy
 from hybrid.resume import write_checkpoint
 from hybrid.run import CHECKPOINTS, CONFIG, EXPORT, Checkpoints, RunLog, make_trackers, stop_requested, write_report
 
@@ -38,9 +39,8 @@ def run(trainer: Any, strategy: Strategy, progress: Progress | None = None) -> M
 
     SIGINT and SIGTERM finish the step, save a checkpoint where the run has a folder, and end the run.
     """
-    trainer.config.check_training(strategy)
-    if "sft" in strategy.kinds and not any(set(e.labels) - {IGNORE} for e in trainer.loader.examples):
-        raise InputError("SFT steps need targets: no training example has one; set the mixture's SFT steps to 0")
+    strategy = copy.deepcopy(strategy)  # a run's memory is its own
+    _check(trainer, strategy)
     folder, progress = trainer.folder, progress or Progress(first=trainer.num_steps)
     if not trainer.num_steps:
         trainer.updater.num_updates = trainer.num_updates(strategy)
@@ -58,6 +58,24 @@ def run(trainer: Any, strategy: Strategy, progress: Progress | None = None) -> M
             if folder is not None and trainer.num_steps:
                 trainer.save(folder / EXPORT)
                 write_report(folder)
+
+
+def _check(trainer: Any, strategy: Strategy) -> None:
+    """Refuse what the strategy cannot run with."""
+    config, examples = trainer.config, trainer.loader.examples
+    config.check_training(strategy)
+    if strategy.needs_ptx:
+        iter(trainer.ptx_loader)
+    learns_targets = strategy.needs_targets or (strategy.kinds - {"ppo"} and not strategy.needs_ptx)
+    if learns_targets and not any(set(e.labels) - {IGNORE} for e in examples):
+        raise InputError(
+            "this mixture learns from targets, and no training example has one; "
+            "name their column, or leave the supervised steps out of mixing"
+        )
+    if strategy.kinds != {"sft"}:
+        context = trainer.policy.backbone.context_length
+        for e in examples:
+            config.sampling.check_room(strategy.prompt_length(e), context, prompt=e.prompt)
 
 
 class _Loop:
@@ -80,7 +98,7 @@ class _Loop:
         # Without a folder there is nothing to save: a signal then means what it always does.
         with stop_requested() if self.checkpoints is not None else nullcontext() as stop:
             while (plan := self.strategy.plan(trainer.num_steps - progress.first, progress.metrics)) is not None:
-                self._step(plan.kind, plan.cycle)
+                self._step(plan)
                 if trainer.config.eval.every and trainer.num_steps % trainer.config.eval.every == 0:
                     self._evaluate()
                 signal = None if stop is None else stop.signal
@@ -97,19 +115,33 @@ class _Loop:
             self._evaluate()
         return progress.evaluation
 
-    def _step(self, kind: str, cycle: int) -> None:
+    def _step(self, plan: Plan) -> None:
         trainer, began = self.trainer, time.perf_counter()
+        number = trainer.num_steps - self.progress.first
         trainer.num_steps += 1
-        if kind == "sft":
-            metrics = trainer.sft_step(next(trainer.loader))
+        if plan.kind == "sft":
+            metrics = trainer.sft_step(plan.examples or next(trainer.loader))
         else:
-            rollout = trainer.rollout(next(trainer.prompts))
-            metrics = trainer.ppo_step(rollout)
-            self._log_samples("ppo", sample_rows(rollout)[:NUM_SAMPLES])
+            metrics = self._rollout_step(plan, number)
         now = time.perf_counter()
         clock = {"seconds": now - began, "elapsed": now - self.began}
-        self.log.step({"step": trainer.num_steps, "phase": kind, "cycle": cycle, **clock, **metrics})
+        head = {"step": trainer.num_steps, "phase": plan.kind, "cycle": plan.cycle, **clock}
+        self.log.step({**head, **metrics, **self.strategy.metrics()})
         self.progress.metrics = metrics
+
+    def _rollout_step(self, plan: Plan, number: int) -> Metrics:
+        trainer, strategy = self.trainer, self.strategy
+        examples = strategy.prompts(next(trainer.prompts).examples, number)
+        rollout = trainer.rollout(examples)
+        metrics = trainer.joint_step(
+            rollout,
+            strategy.supervised(trainer, examples) if plan.sft_coef else None,
+            sft_coef=plan.sft_coef,
+            ppo_coef=plan.ppo_coef,
+            rows=strategy.trained_rows(rollout, examples),
+        )
+        self._log_samples(plan.kind, sample_rows(rollout)[:NUM_SAMPLES])
+        return metrics | ({"sft_coef": plan.sft_coef} if plan.sft_coef else {})
 
     def _evaluate(self) -> None:
         metrics, rows = self.trainer.evaluation()
@@ -121,7 +153,7 @@ class _Loop:
 
     def _save(self) -> None:
         assert self.checkpoints is not None
-        state = {"strategy": self.strategy.spec(), **asdict(self.progress)}
+        state = {"strategy": self.strategy.spec(), "memory": self.strategy.state_dict(), **asdict(self.progress)}
         # An evaluation of an earlier step says nothing of this one.
         fresh = self.progress.evaluated == self.trainer.num_steps
         self.checkpoints.save(

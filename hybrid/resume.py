@@ -18,6 +18,7 @@ __all__ = ["MODEL", "load_checkpoint", "load_training_state", "resumable", "trai
 # The parts of a trainer that know their own state.
 PARTS = ("updater", "kl")
 LOADERS = ("loader", "prompts")
+PTX_LOADER = ("ptx_loader",)
 STREAMS = ("sampler", "shuffler", "speaker")
 
 MODEL, STATE = "model", "state"
@@ -89,4 +90,6 @@ def load_training_state(trainer: Any, state: Mapping[str, Any]) -> None:
 
 def _parts(trainer: Any) -> tuple[str, ...]:
     """The loaders too, where there is data: a trainer that only learns by `step` has none."""
-    return PARTS + LOADERS if trainer.corpus.train else PARTS
+    if not trainer.corpus.train:
+        return PARTS
+    return PARTS + LOADERS + (PTX_LOADER if trainer.corpus.ptx else ())

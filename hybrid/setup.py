@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,11 +21,13 @@ from hybrid.data import (
     read_examples,
     split_examples,
 )
-from hybrid.models import Policy, Reference, context_length
+from hybrid.mixing import make_strategy
+from hybrid.models import Policy, Reference, add_lora, context_length, under_adapter
 from hybrid.run import check_trackers
 
 __all__ = [
     "Corpus",
+    "Loaders",
     "ReferenceLike",
     "build_loaders",
     "build_policy",
@@ -48,6 +50,7 @@ class Corpus:
 
     train: list[Encoded]
     eval: list[Encoded]
+    ptx: list[Encoded]  # the second data set
     tokenizer: Any
     config: DataConfig
     prompt_template: str  # how a bare prompt is encoded: as the training data's prompts are
@@ -84,16 +87,29 @@ class Corpus:
         return collate(self.encoded(rows), pad_id=filler_id(self.tokenizer))
 
 
-def build_loaders(config: HybridConfig, corpus: Corpus) -> tuple[Loader, Loader]:
-    """Endless batches of the training examples, for SFT steps and for rollouts. Raises InputError without data."""
+class Loaders(NamedTuple):
+    """Endless batches of the training examples, for SFT steps and for rollouts, and of the second data set."""
+
+    train: Loader
+    prompts: Loader
+    ptx: Loader | None
+
+
+def build_loaders(config: HybridConfig, corpus: Corpus) -> Loaders:
+    """The run's loaders. Raises InputError without data."""
     examples = corpus.train
     if not examples:
         raise InputError("training needs data: give HybridTrainer(train_data=...) or the config's data.train")
     seed, pad_id = config.run.seed, filler_id(corpus.tokenizer)
-    packing_length = config.data.max_length if config.sft.packing else None
-    return (
-        Loader(examples, config.sft.batch_size, seed=seed, pad_id=pad_id, packing_length=packing_length),
+
+    def supervised(examples: list[Encoded], data: DataConfig, seed: int) -> Loader:
+        packing_length = data.max_length if config.sft.packing else None
+        return Loader(examples, config.sft.batch_size, seed=seed, pad_id=pad_id, packing_length=packing_length)
+
+    return Loaders(
+        supervised(examples, config.data, seed),
         Loader(examples, config.ppo.batch_size, seed=seed + 1, pad_id=pad_id),
+        supervised(corpus.ptx, config.ptx_data, seed + 2) if corpus.ptx else None,
     )
 
 
@@ -104,9 +120,16 @@ def random_streams(seed: int, device: torch.device) -> tuple[torch.Generator, to
     return rollouts, order, torch.Generator(device).manual_seed(seed + 1)
 
 
-def resolved(config: HybridConfig, policy: Any, train_data: Any, eval_data: Any, reward: Any) -> HybridConfig:
+def resolved(
+    config: HybridConfig, policy: Any, train_data: Any, eval_data: Any, reward: Any, ptx_data: Any
+) -> HybridConfig:
     """The config with what was given in code put in, so that a run's config.yaml says all that can be written."""
     check_trackers(config.run.trackers, config.run.output)
+    ptx = config.ptx_data
+    if _is_file_name(ptx_data):
+        ptx = replace(ptx, train=_as_text(ptx_data))
+    if make_strategy(config.mixing).needs_ptx and ptx_data is None and ptx.train is None:
+        raise InputError("config: strategy 'ptx' needs a second data set: give ptx_data.train")
     model = config.model
     if isinstance(policy, (str, Path)):
         model = replace(model, name=str(policy))
@@ -117,7 +140,8 @@ def resolved(config: HybridConfig, policy: Any, train_data: Any, eval_data: Any,
         data = replace(data, train=_as_text(train_data))
     if _is_file_name(eval_data):
         data = replace(data, eval=_as_text(eval_data), eval_fraction=0.0)
-    return replace(config, model=model, data=data, reward=config.reward if reward is None else reward)
+    reward = config.reward if reward is None else reward
+    return replace(config, model=model, data=data, ptx_data=ptx, reward=reward)
 
 
 def _is_file_name(source: Any) -> bool:
@@ -154,22 +178,25 @@ def model_context(policy: nn.Module | str | Path) -> int | None:
     if isinstance(policy, nn.Module):
         return context_length(policy.backbone.model.config if isinstance(policy, Policy) else policy.config)
     try:
-        return context_length(AutoConfig.from_pretrained(str(policy)))
+        return context_length(AutoConfig.from_pretrained(under_adapter(policy) or str(policy)))
     except (OSError, ValueError) as error:
         raise InputError(f"model {str(policy)!r} not found: {first_line(error)}") from error
 
 
 def read_examples_of(
-    config: HybridConfig, train_data: Any = None, eval_data: Any = None
-) -> tuple[list[Example], list[Example]]:
-    """(training, held-out) examples of a run, from what is given or the config names; none at all is fine."""
+    config: HybridConfig, train_data: Any = None, eval_data: Any = None, ptx_data: Any = None
+) -> tuple[list[Example], list[Example], list[Example]]:
+    """(training, held-out, second) examples of a run, from what is given or the config names; none at all is fine."""
     data, seed = config.data, config.run.seed
     train_data = data.train if train_data is None else train_data
     eval_data = data.eval if eval_data is None else eval_data
+    ptx_data = config.ptx_data.train if ptx_data is None else ptx_data
     train = [] if train_data is None else read_examples(train_data, data, seed=seed)
+    ptx = [] if ptx_data is None else read_examples(ptx_data, config.ptx_data, seed=seed)
     if eval_data is not None:
-        return train, read_examples(eval_data, data, seed=seed)
-    return split_examples(train, data.eval_fraction, seed=seed) if train else ([], [])
+        return train, read_examples(eval_data, data, seed=seed), ptx
+    train, held_out = split_examples(train, data.eval_fraction, seed=seed) if train else ([], [])
+    return train, held_out, ptx
 
 
 def encoded_corpus(
@@ -177,6 +204,7 @@ def encoded_corpus(
     tokenizer: Any,
     train: Sequence[Example],
     held_out: Sequence[Example],
+    ptx: Sequence[Example] = (),
     *,
     context: int | None,
 ) -> Corpus:
@@ -185,12 +213,14 @@ def encoded_corpus(
     corpus = Corpus(
         train=encode_all(train, tokenizer, data, what="training") if train else [],
         eval=encode_all(held_out, tokenizer, data, what="evaluation") if held_out else [],
+        ptx=encode_all(ptx, tokenizer, config.ptx_data, what="ptx") if ptx else [],
         tokenizer=tokenizer,
         config=data,
         prompt_template=_prompt_template([*train, *held_out], data),
     )
     for example in [*corpus.train, *corpus.eval]:
         config.sampling.check_room(len(example.prompt_ids), context, prompt=example.prompt)
+    for example in [*corpus.train, *corpus.eval, *corpus.ptx]:
         if context is not None and len(example.input_ids) > context:
             raise InputError(
                 f"an example of {len(example.input_ids)} tokens is longer than the model's context of {context}; "
@@ -212,9 +242,18 @@ def build_policy(policy: Policy | nn.Module | str | Path, config: ModelConfig) -
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if isinstance(policy, nn.Module):
+        if config.load_in_4bit:
+            raise InputError("model.load_in_4bit is for a model that is loaded by name; this one is in memory already")
         policy = policy if isinstance(policy, Policy) else Policy(policy)
+        if config.lora is not None:
+            add_lora(policy.backbone.model, config.lora)
         return policy if config.device == "auto" else policy.to(device)
-    return Policy.from_pretrained(policy, dtype=getattr(torch, config.dtype)).to(device)
+    # 4-bit weights are made where they are to stay.
+    placed = {"device_map": {"": device}} if config.load_in_4bit else {}
+    dtype = getattr(torch, config.dtype)
+    return Policy.from_pretrained(
+        policy, dtype=dtype, lora=config.lora, load_in_4bit=config.load_in_4bit, **placed
+    ).to(device)  # fmt: skip
 
 
 def build_references(
@@ -232,6 +271,7 @@ def build_references(
             "device": config.device or policy.device,
         }
         if config.model is None:
+            # Of a policy with an adapter it is the policy's own model.
             references.append(Reference.from_policy(policy, **options))
         else:
             references.append(Reference.from_pretrained(config.model, **options))

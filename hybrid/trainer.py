@@ -1,11 +1,13 @@
 """The loop: supervised and PPO steps on one policy, with one optimizer."""
 
+import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid.config import HybridConfig
-from hybrid.core import Batch, InputError, Rollout
+from hybrid.core import Batch, Encoded, InputError, Rollout
 from hybrid.data import Loader
 from hybrid.evaluate import evaluate_rewards, evaluate_sft
 from hybrid.loop import Progress, run
@@ -33,6 +35,7 @@ from hybrid.rollout import (
 )
 from hybrid.run import filled_folder, open_run_folder
 from hybrid.setup import (
+    Loaders,
     ReferenceLike,
     build_loaders,
     build_policy,
@@ -45,14 +48,13 @@ from hybrid.setup import (
     resolved,
 )
 from hybrid.steps import (
-    Divisors,
+    Term,
     Updater,
     minibatches,
     over_updates,
-    ppo_batch_loss,
+    ppo_term,
     rollout_metrics,
-    sft_batch_loss,
-    split,
+    sft_term,
     with_advantages,
 )
 
@@ -76,7 +78,8 @@ class HybridTrainer:
 
     policy_or_name: a `Policy`, a transformers model, or a model's folder or hub name; the config's where None.
     tokenizer: the model's own where None.
-    train_data, eval_data: a file, a hub name, a datasets.Dataset or a list of dicts; the config's where None.
+    train_data, eval_data, ptx_data: a file, a hub name, a datasets.Dataset or a list of dicts; the config's where
+        None. ptx_data is the second data set, which strategy `ptx` trains on.
     reward: a spec, a function or a `Reward`; the config's where None.
     reference: a `Reference`, a policy to copy, a model's name, or several; the config's (a frozen copy of the
         policy) where None.
@@ -93,8 +96,9 @@ class HybridTrainer:
         config: HybridConfig | None = None,
         eval_data: Any = None,
         reference: ReferenceLike | Sequence[ReferenceLike] | None = None,
+        ptx_data: Any = None,
     ):
-        config = resolved(config or HybridConfig(), policy_or_name, train_data, eval_data, reward)
+        config = resolved(config or HybridConfig(), policy_or_name, train_data, eval_data, reward, ptx_data)
         source = config.model.name if policy_or_name is None else policy_or_name
         if source is None:
             raise InputError("HybridTrainer needs a model: give policy_or_name, or the config's model.name")
@@ -102,7 +106,7 @@ class HybridTrainer:
         self.strategy = make_strategy(config.mixing)
         self.reward = None if config.reward is None else make_reward(config.reward)
         self.folder = None if config.run.output is None else open_run_folder(config.run.output)
-        examples = read_examples_of(config, train_data, eval_data)
+        examples = read_examples_of(config, train_data, eval_data, ptx_data)
         context = model_context(source)
         self.tokenizer = load_tokenizer(source) if tokenizer is None else tokenizer
         self.corpus = encoded_corpus(config, self.tokenizer, *examples, context=context)
@@ -126,7 +130,6 @@ class HybridTrainer:
         )
         self.kl = kl_controller(config.kl)
         self.sampler, self.shuffler, self.speaker = random_streams(config.run.seed, self.policy.device)
-        self._loaders: tuple[Loader, Loader] | None = None
         self.num_steps = 0  # of the loop, SFT and PPO steps together
         self._left: tuple[Strategy, Progress] | None = None  # of a resumed run
 
@@ -166,8 +169,10 @@ class HybridTrainer:
         trainer.config = replace(trainer.config, run=config.run)
         trainer.folder = folder
         state = load_checkpoint(trainer, checkpoint)["progress"]
-        spec = state.pop("strategy")
-        trainer._left = (trainer.strategy if spec is None else make_strategy(spec)), Progress(**state)
+        spec, memory = state.pop("strategy"), state.pop("memory")
+        strategy = copy.deepcopy(trainer.strategy) if spec is None else make_strategy(spec)
+        strategy.load_state_dict(memory)
+        trainer._left = strategy, Progress(**state)
         return trainer
 
     # The steps
@@ -175,13 +180,8 @@ class HybridTrainer:
     def sft_step(self, batch: Batch | Sequence[Any]) -> Metrics:
         """One supervised optimizer step on a batch (or on examples as in `train_data`)."""
         began = time.perf_counter()
-        config = self.config.sft
         batch = self.corpus.batch(batch).to(self.policy.device)
-        if not batch.num_tokens:
-            raise InputError("sft_step: the batch has no target token to train on")
-        self.policy.train()
-        loss_of = partial(sft_batch_loss, self.policy, config=config, num_tokens=batch.num_tokens)
-        metrics = self._update(split(batch, config.microbatch_size), loss_of, config.lr_factor)
+        metrics = self.updater([self._sft_term(batch)], lr_factor=self.config.sft.lr_factor)
         return {
             **metrics,
             "perplexity": math.exp(min(metrics["nll"], 700.0)),
@@ -212,20 +212,40 @@ class HybridTrainer:
 
         The metrics of the optimizer steps are averaged (`ratio_max`: the maximum, `skipped_updates`: the sum).
         """
+        return self.joint_step(rollout)
+
+    def joint_step(
+        self,
+        rollout: Rollout,
+        batches: Iterator[Batch] | None = None,
+        *,
+        sft_coef: float = 0.0,
+        ppo_coef: float = 1.0,
+        rows: Tensor | None = None,
+    ) -> Metrics:
+        """A PPO step whose every update also learns from a supervised batch, where `batches` has one.
+
+            loss = ppo_coef * L_PPO(minibatch) + sft_coef * L_SFT(next(batches))
+
+        The learning rate's factor is the mean of the two phases', weighted by the coefficients.
+        rows: of the rollout, those that PPO learns from; None: all. The rollout's metrics are of all.
+        """
         began = time.perf_counter()
-        config, kl = self.config.ppo, self.config.kl
-        ppo_loss = partial(ppo_batch_loss, kl_loss_coef=self.kl.coef if kl.in_loss else 0.0, kl_kind=kl.kind)
-        self.policy.eval()  # dropout off: the ratios compare log-probs
-        rollout = with_advantages(rollout, config)
+        config = self.config.ppo
+        batches = batches if batches is not None and sft_coef else iter(())
+        learnt = with_advantages(rollout if rows is None else rollout[rows.to(self.policy.device)], config)
         steps: list[Metrics] = []
-        for rows in minibatches(len(rollout), config, self.shuffler):
-            minibatch = rollout[rows.to(self.policy.device)]
-            divisors = Divisors.of(minibatch, config)
-            loss_of = partial(ppo_loss, self.policy, config=config, divisors=divisors)
-            steps.append(self._update(split(minibatch, config.microbatch_size), loss_of, config.lr_factor))
+        for picked in minibatches(len(learnt), config, self.shuffler):
+            terms = [self._ppo_term(learnt[picked.to(self.policy.device)], ppo_coef)]
+            terms += [self._sft_term(self.corpus.batch(batch), sft_coef) for batch in islice(batches, 1)]
+            factors = {"ppo": config.lr_factor, "sft": self.config.sft.lr_factor}
+            weights = sum(term.coef for term in terms)
+            lr_factor = sum(term.coef / weights * factors[term.name] for term in terms)
+            steps.append(self.updater(terms, lr_factor=lr_factor))
             if config.target_kl is not None and steps[-1]["approx_kl"] > config.target_kl:
                 break
-        metrics = rollout_metrics(rollout) | over_updates(steps) | {"kl_coef": self.kl.coef}
+        whole = learnt if rows is None else with_advantages(rollout, config)
+        metrics = rollout_metrics(whole) | over_updates(steps) | {"kl_coef": self.kl.coef}
         self.kl.update(metrics["kl"], len(rollout))
         seconds = {**rollout.seconds, "update": time.perf_counter() - began}
         return {
@@ -318,17 +338,28 @@ class HybridTrainer:
     @property
     def loader(self) -> Loader:
         """Endless batches of training examples, for `sft_step` and `rollout`."""
-        return self._both_loaders()[0]
+        return self._loaders.train
 
     @property
     def prompts(self) -> Loader:
         """Endless batches of `ppo.batch_size` examples, whose prompts `train` rolls out."""
-        return self._both_loaders()[1]
+        return self._loaders.prompts
 
-    def _both_loaders(self) -> tuple[Loader, Loader]:
-        if self._loaders is None:
-            self._loaders = build_loaders(self.config, self.corpus)
-        return self._loaders
+    @property
+    def ptx_loader(self) -> Loader:
+        """Endless batches of the second data set. Raises InputError where there is none."""
+        if self._loaders.ptx is None:
+            raise InputError("there is no second data set: give HybridTrainer(ptx_data=...) or the config's ptx_data")
+        return self._loaders.ptx
+
+    def batches_of(self, examples: Sequence[Encoded]) -> list[Batch]:
+        """The examples in batches of `sft.batch_size`."""
+        size = self.config.sft.batch_size
+        return [self.corpus.batch(examples[i : i + size]) for i in range(0, len(examples), size)]
+
+    @cached_property
+    def _loaders(self) -> Loaders:
+        return build_loaders(self.config, self.corpus)
 
     def _collect_options(self) -> dict[str, Any]:
         """What `collect` and `assemble` take from the config alike."""
@@ -345,16 +376,22 @@ class HybridTrainer:
         """The one optimizer of both phases."""
         return self.updater.optimizer
 
-    def _update(self, microbatches: Sequence[Any], loss_of: Any, lr_factor: float) -> Metrics:
-        def autocast_loss(rows: Any) -> tuple[Tensor, dict[str, Tensor]]:
-            with self.autocast():
-                return loss_of(rows)
+    def _sft_term(self, batch: Batch, coef: float = 1.0) -> Term[Batch]:
+        batch = batch.to(self.policy.device)
+        return sft_term(self.policy, batch, self.config.sft, coef, autocast=self.autocast)
 
-        return self.updater(microbatches, autocast_loss, lr_factor=lr_factor)
+    def _ppo_term(self, minibatch: Rollout, coef: float) -> Term[Rollout]:
+        kl = self.config.kl
+        kl_loss_coef = self.kl.coef if kl.in_loss else 0.0
+        return ppo_term(
+            self.policy, minibatch, self.config.ppo, coef,
+            kl_loss_coef=kl_loss_coef, kl_kind=kl.kind, autocast=self.autocast,
+        )  # fmt: skip
 
     def num_updates(self, strategy: Strategy) -> int | None:
         """Optimizer steps of a strategy's run; None where not known."""
-        return strategy.num_updates({"sft": 1, "ppo": self.config.ppo.num_updates})
+        rollout = self.config.ppo.num_updates
+        return strategy.num_updates({"sft": 1, "ppo": rollout, "joint": rollout})
 
     def _steps_per_epoch(self) -> tuple[int, int]:
         return len(self.loader), len(self.prompts)

@@ -50,9 +50,9 @@ def test_epochs_set_the_length(spec, steps):
     [
         ({"strategy": "alternat"}, "did you mean 'alternate'"),
         ({"cycle": 3}, "did you mean 'cycles'"),
-        ({"cycles": -1}, "mixing.cycles must be >= 0"),
+        ({"cycles": -1}, "mixing.cycles must be >= 1"),
         ({"cycles": "many"}, "mixing.cycles must be int"),
-        ({"cycles": 0}, "leave no step to take"),
+        ({"cycles": 0}, "mixing.cycles must be >= 1"),
         ({"sft_steps_per_cycle": 0, "ppo_steps_per_cycle": 0}, "leave no step to take"),
     ],
 )

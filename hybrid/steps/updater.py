@@ -1,6 +1,6 @@
 """The one optimizer of both phases, its scheduler, and the watch over steps that had to be skipped."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from hybrid.core import unknown_name
 from hybrid.optim import optimizer_from, scheduler_from
-from hybrid.steps.update import GradientConfig, Loss, Rows, update
+from hybrid.steps.update import GradientConfig, Term, update
 
 __all__ = ["Updater"]
 
@@ -45,17 +45,14 @@ class Updater:
             self._made.append(scheduler_from(self.optimizer, self._section, num_training_steps=length))
         return self._made[0]
 
-    def __call__(
-        self, microbatches: Sequence[Rows], loss_of: Callable[[Rows], Loss], *, lr_factor: float = 1.0
-    ) -> dict[str, float]:
+    def __call__(self, terms: Sequence[Term[Any]], *, lr_factor: float = 1.0) -> dict[str, float]:
         """One optimizer step and one of the scheduler; see `update` for the metrics.
 
         Raises FloatingPointError after `gradient.max_skipped` steps in a row that were not finite.
         """
         scheduler = self.scheduler  # before the step: it sets the first rate
         metrics = update(
-            self.module, self.optimizer, microbatches, loss_of,
-            max_grad_norm=self.gradient.max_norm, lr_factor=lr_factor,
+            self.module, self.optimizer, terms, max_grad_norm=self.gradient.max_norm, lr_factor=lr_factor
         )  # fmt: skip
         if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step()

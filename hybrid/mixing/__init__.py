@@ -1,0 +1,23 @@
+"""Strategies that mix supervised and PPO steps on one policy: which step comes next, with which factors."""
+
+from hybrid.mixing.gate import Gate
+from hybrid.mixing.hint import Hint
+from hybrid.mixing.joint import Joint, Ptx
+from hybrid.mixing.order import Alternate, Sequential
+from hybrid.mixing.strategy import Kind, Plan, Source, Strategy, make_strategy, register_strategy, strategy_names
+
+__all__ = [
+    "Alternate",
+    "Gate",
+    "Hint",
+    "Joint",
+    "Kind",
+    "Plan",
+    "Ptx",
+    "Sequential",
+    "Source",
+    "Strategy",
+    "make_strategy",
+    "register_strategy",
+    "strategy_names",
+]
