@@ -19,6 +19,7 @@ def sft_loss(
     *,
     token_weight: TokenWeight = "one",
     markov_decay: float = 0.95,
+    markov_window: int | None = None,
     num_tokens: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy of the target tokens.
@@ -30,8 +31,9 @@ def sft_loss(
         one      w = 1
         p        w = p, dynamic fine-tuning (Wu et al. 2025, arXiv:2508.05629)
         p(1-p)   w = p (1 - p), CHORD's phi (Zhang et al. 2025, arXiv:2508.11408)
-        markov   w = markov_decay^(tokens of the row that follow t), scaled to mean 1 over the row: the
-                 most recent tokens weigh most
+        markov   w = markov_decay^min(n_t, markov_window), n_t the tokens of the row that follow t, scaled to mean 1
+                 over the row: the most recent tokens weigh most, and before the window (None: the row) all weigh
+                 alike
     num_tokens: the global count of trained tokens where these rows are part of a larger step.
     Returns `(loss, metrics)`; metrics over this mask, detached: nll (unweighted, nats per token).
     """
@@ -39,13 +41,13 @@ def sft_loss(
     (logprob,) = to_float(logprob)
     mask = mask.bool()
     logprob = logprob.masked_fill(~mask, 0.0)
-    weight = _token_weight(logprob.detach(), mask, token_weight, markov_decay)
+    weight = _token_weight(logprob.detach(), mask, token_weight, markov_decay, markov_window)
     if num_tokens is None:
         num_tokens = int(mask.sum())
     return masked_sum(-weight * logprob, mask) / max(num_tokens, 1), {"nll": masked_mean(-logprob.detach(), mask)}
 
 
-def _token_weight(logprob: Tensor, mask: Tensor, kind: TokenWeight, decay: float) -> Tensor:
+def _token_weight(logprob: Tensor, mask: Tensor, kind: TokenWeight, decay: float, window: int | None) -> Tensor:
     """(B, T) weights of the trained tokens; what stands outside the mask is not used."""
     p = logprob.exp()
     if kind == "one":
@@ -58,6 +60,10 @@ def _token_weight(logprob: Tensor, mask: Tensor, kind: TokenWeight, decay: float
         if not 0 < decay <= 1:
             raise ValueError(f"sft_loss: markov_decay must lie in (0, 1], got {decay}")
         following = mask.sum(1, keepdim=True) - mask.cumsum(1)
+        if window is not None:
+            if window < 1:
+                raise ValueError(f"sft_loss: markov_window must be >= 1, got {window}")
+            following = following.clamp(max=window)
         weight = torch.pow(torch.full_like(p, decay), following)
         return weight / masked_mean(weight, mask, dim=1).clamp(min=1e-12).unsqueeze(1)
     raise ValueError(f"sft_loss: token_weight must be one of one, p, p(1-p), markov, got {kind!r}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid.core import InputError
-from hybrid.run.curves import PANELS, Curve, Points, Rows, dress, finite, inlined, points_of
+from hybrid.run.curves import PANELS, TRAINING, Curve, Points, Rows, dress, finite, inlined, points_of
 from hybrid.run.report import MEASURES, NUM_SAMPLES, facts_of, rows_of, shown, typeset
 from hybrid.run.track import CONFIG, SAMPLES, read_jsonl
 
@@ -245,7 +245,7 @@ def _side_by_side(runs: Sequence[_Run]) -> list[list[dict[str, Any] | None]]:
 
 def _curves(runs: Sequence[_Run]) -> list[Curve]:
     """The report's panels with every run that has numbers for them; none before a second step."""
-    phases = ("sft", "ppo", "eval")
+    phases = (*TRAINING, "eval")
     steps = [row["step"] for run in runs for phase in phases for row in run.rows[phase]]
     if len(set(steps)) < 2:
         return []

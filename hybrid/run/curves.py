@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["PANELS", "Curve", "Rows", "curves", "dress", "finite", "inlined", "points_of"]
+__all__ = ["PANELS", "TRAINING", "Curve", "Rows", "curves", "dress", "finite", "inlined", "points_of"]
 
 Rows = list[dict[str, Any]]
 Points = list[tuple[float, float, float]]  # step, number, standard error (0 where there is none)
@@ -20,17 +20,25 @@ Span = tuple[str, float, float]  # phase, and the steps between which it went on
 
 # Title, unit, and which number of which phase is drawn.
 PANELS = (
-    ("Reward", "mean score", {"ppo": "reward", "eval": "reward"}),
-    ("KL to the reference", "nats per response", {"ppo": "kl", "eval": "kl"}),
-    ("SFT loss", "nats per token", {"sft": "loss", "eval": "sft_loss"}),
-    ("Entropy", "nats per token", {"ppo": "entropy"}),
-    ("Response length", "tokens", {"ppo": "response_length", "eval": "response_length"}),
-    ("Throughput", "tokens per second", {"sft": "tokens_per_second", "ppo": "tokens_per_second"}),
+    ("Reward", "mean score", {"ppo": "reward", "joint": "reward", "eval": "reward"}),
+    ("KL to the reference", "nats per response", {"ppo": "kl", "joint": "kl", "eval": "kl"}),
+    ("SFT loss", "nats per token", {"sft": "loss", "joint": "sft_loss", "eval": "sft_loss"}),
+    ("Entropy", "nats per token", {"ppo": "entropy", "joint": "entropy"}),
+    ("Response length", "tokens", {"ppo": "response_length", "joint": "response_length", "eval": "response_length"}),
+    ("Throughput", "tokens per second", dict.fromkeys(("sft", "ppo", "joint"), "tokens_per_second")),
 )
-_PHASES = {"sft": "SFT", "ppo": "PPO", "eval": "held-out evaluation"}
+TRAINING = ("sft", "ppo", "joint")  # the kinds of step
+_PHASES = {"sft": "SFT", "ppo": "PPO", "joint": "joint SFT and PPO", "eval": "held-out evaluation"}
 
 # matplotlib wants fixed colours, the page has its own, light or dark: these stand for its CSS variables.
-_INKS = {"sft": "#000001", "ppo": "#000002", "eval": "#000003", "muted": "#000004", "rule": "#000005"}
+_INKS = {
+    "sft": "#000001",
+    "ppo": "#000002",
+    "eval": "#000003",
+    "muted": "#000004",
+    "rule": "#000005",
+    "joint": "#000006",
+}
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ def points_of(rows: Rows, key: str) -> Points:
 
 def _spans(rows: Mapping[str, Rows]) -> list[Span]:
     """Each stretch of training in one phase, from the step where the one before it ended."""
-    steps = sorted((row["step"], phase) for phase in ("sft", "ppo") for row in rows[phase])
+    steps = sorted((row["step"], phase) for phase in TRAINING for row in rows[phase])
     spans: list[Span] = []
     for phase, stretch in groupby(steps, key=itemgetter(1)):
         first, *rest = (step for step, _ in stretch)
@@ -119,7 +127,7 @@ def dress(axes: "Axes", spans: list[Span], steps: tuple[float, float]) -> None:
 
     axes.margins(y=0.12)
     axes.autoscale_view()
-    for phase in ("sft", "ppo"):
+    for phase in TRAINING:
         stretches = [(first, last - first) for of, first, last in spans if of == phase]
         axes.broken_barh(stretches, (0, 0.025), transform=axes.get_xaxis_transform(), color=_INKS[phase], lw=0)
     axes.set_xlim(*steps)

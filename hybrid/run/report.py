@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid.core import InputError
-from hybrid.run.curves import Rows, curves, finite
+from hybrid.run.curves import TRAINING, Rows, curves, finite
 from hybrid.run.track import CONFIG, METRICS, SAMPLES, read_jsonl
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def rows_of(folder: Path) -> dict[str, Rows]:
         if finite(row, "step") is None or not isinstance(row.get("phase"), str):
             raise InputError(f"{path}, line {line} has no step or no phase")
         latest[row["phase"], row["step"]] = row
-    rows: dict[str, Rows] = {"sft": [], "ppo": [], "eval": []}
+    rows: dict[str, Rows] = {phase: [] for phase in (*TRAINING, "eval")}
     for phase, step in sorted(latest, key=lambda key: key[1]):
         rows.setdefault(phase, []).append(latest[phase, step])
     return rows
@@ -185,7 +185,7 @@ def facts_of(folder: Path, rows: Mapping[str, Rows], config: str) -> dict[str, s
         raise InputError(f"{folder / CONFIG} is not YAML: {' '.join(str(error).split())}") from error
     settings = settings if isinstance(settings, dict) else {}
     model, run = settings.get("model"), settings.get("run")
-    training = [("SFT", len(rows["sft"])), ("PPO", len(rows["ppo"]))]
+    training = [("SFT", len(rows["sft"])), ("PPO", len(rows["ppo"])), ("joint", len(rows["joint"]))]
     elapsed = [finite(row, "elapsed") or 0.0 for phase in rows.values() for row in phase]
     facts = {
         "Model": model.get("name") if isinstance(model, dict) else None,

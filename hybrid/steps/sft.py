@@ -19,7 +19,8 @@ class SFTConfig:
     microbatch_size: int | None = None  # rows of one forward and backward; None: all
     lr_factor: float = 1.0  # on the optimizer's learning rate, in SFT steps
     token_weight: TokenWeight = "one"  # see functional.sft_loss
-    markov_decay: float = 0.95  # of token_weight "markov"
+    markov_decay: float = 0.95  # of token_weight "markov", from a token to the one before it
+    markov_window: int | None = None  # the last tokens of a row that it tells apart; None: all
     packing: bool = False  # several examples a row, each seeing only itself
 
     def __post_init__(self) -> None:
@@ -35,6 +36,8 @@ class SFTConfig:
             )
         if not 0 < self.markov_decay <= 1:
             raise ValueError(f"SFTConfig.markov_decay must lie in (0, 1], got {self.markov_decay}")
+        if self.markov_window is not None and self.markov_window < 1:
+            raise ValueError(f"SFTConfig.markov_window must be >= 1, got {self.markov_window}")
 
 
 def sft_batch_loss(
@@ -55,5 +58,6 @@ def sft_batch_loss(
         mask[:, 1:],
         token_weight=config.token_weight,
         markov_decay=config.markov_decay,
+        markov_window=config.markov_window,
         num_tokens=num_tokens,
     )

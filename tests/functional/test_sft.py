@@ -96,6 +96,15 @@ def test_loss_with_weight_one_is_torch_cross_entropy():
     torch.testing.assert_close(sft_loss(logprob, labels != -100)[0], expected, rtol=0, atol=TIGHT)
 
 
+def test_markov_weights_differ_only_within_the_window():
+    logprob = torch.full((1, 6), -1.0, dtype=torch.float64, requires_grad=True)
+    loss, _ = sft_loss(logprob, torch.ones(1, 6), token_weight="markov", markov_decay=0.5, markov_window=2)
+    loss.backward()
+    # 2^-2 four times, then 2^-1 and 1: their sum is 2.5, and a mean of 1 makes it 6; the loss divides by 6.
+    expected = -torch.tensor([[0.25, 0.25, 0.25, 0.25, 0.5, 1.0]], dtype=torch.float64) / 2.5
+    assert torch.allclose(logprob.grad, expected, atol=TIGHT)
+
+
 def test_markov_weights_grow_towards_the_most_recent_token():
     logprob = torch.full((1, 5), -1.0, dtype=torch.float64).requires_grad_()
     sft_loss(logprob, torch.ones(1, 5), token_weight="markov", markov_decay=0.5)[0].backward()
