@@ -29,6 +29,13 @@ def test_the_custom_loop_has_at_most_40_lines():
 
 
 @pytest.mark.slow
+def test_the_custom_strategy_trains(stories):
+    lines = run("examples/custom_strategy.py", stories)
+    assert [line.split()[0] for line in lines if "step" in line][0] == "ppo"
+    assert "step 6/6" in lines[-1]
+
+
+@pytest.mark.slow
 def test_an_old_trl_loop_runs_on_us(stories):
     assert len(run("examples/trl_migration.py", stories)) == 2
 

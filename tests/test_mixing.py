@@ -1,9 +1,11 @@
 """Strategies: which step comes when, how many there are, and what they refuse."""
 
+from pathlib import Path
+
 import pytest
 
 from hybrid.core import InputError
-from hybrid.mixing import make_strategy
+from hybrid.mixing import make_strategy, strategy_names
 
 
 def kinds(strategy):
@@ -59,3 +61,38 @@ def test_epochs_set_the_length(spec, steps):
 def test_a_bad_spec_is_refused_by_name(spec, message):
     with pytest.raises(InputError, match=message):
         make_strategy(spec)
+
+
+def test_every_strategy_stands_in_the_docs_with_its_fields():
+    docs = (Path(__file__).resolve().parents[1] / "docs" / "mixing.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in docs.splitlines() if line.startswith("| `")}
+    for name in strategy_names():
+        fields = make_strategy({"strategy": name}).spec().keys() - {"strategy"}
+        assert all(f"`{field}`" in rows[name] for field in fields), name
+
+
+@pytest.mark.parametrize("curriculum", ["linear", "cosine"])
+def test_a_curriculum_goes_from_the_first_counts_to_the_final_ones(curriculum):
+    spec = {"cycles": 9, "sft_steps_per_cycle": 8, "ppo_steps_per_cycle": 0}
+    strategy = make_strategy({**spec, "curriculum": curriculum})
+    counts = [[kind[:3] for kind in kinds(strategy) if kind[3:] == str(cycle)] for cycle in range(9)]
+    sft = [cycle.count("sft") for cycle in counts]
+    assert (sft[0], sft[-1]) == (8, 0) and sft == sorted(sft, reverse=True)
+    assert [len(cycle) for cycle in counts] == [8] * 9
+    # The straight line leaves its end at once; half a cosine hardly.
+    assert sft[1] == {"linear": 7, "cosine": 8}[curriculum]
+
+
+def test_the_reward_curriculum_follows_the_measured_reward():
+    spec = {"cycles": 4, "sft_steps_per_cycle": 4, "ppo_steps_per_cycle": 1, "final_sft_steps_per_cycle": 0}
+    strategy = make_strategy({**spec, "final_ppo_steps_per_cycle": 1, "curriculum": "reward", "target_reward": 1.0})
+    rewards, seen, metrics = iter([0.0, 0.5, 2.0, 0.25]), [], {}
+    while (plan := strategy.plan(len(seen), metrics)) is not None:
+        seen.append((plan.cycle, plan.kind))
+        metrics = {"reward": next(rewards)} if plan.kind == "ppo" else {}
+    # From the first reward, 0: half-way after 0.5, all the way (and no further) after 2.
+    assert [sum(cycle == c and kind == "sft" for c, kind in seen) for cycle in range(4)] == [4, 4, 2, 0]
+
+
+def test_training_needs_no_memory_where_the_plan_is_a_function_of_the_step():
+    assert make_strategy({"strategy": "sequential"}).state_dict() == {}

@@ -41,9 +41,10 @@ class Sequential(Strategy):
 
     def for_epochs(self, epochs: float, sft_steps_per_epoch: int, ppo_steps_per_epoch: int) -> "Sequential":
         """Each phase takes `epochs` passes; a phase with no steps stays out."""
-        return Sequential(
-            math.ceil(epochs * sft_steps_per_epoch) if self.sft_steps else 0,
-            math.ceil(epochs * ppo_steps_per_epoch) if self.ppo_steps else 0,
+        return replace(
+            self,
+            sft_steps=math.ceil(epochs * sft_steps_per_epoch) if self.sft_steps else 0,
+            ppo_steps=math.ceil(epochs * ppo_steps_per_epoch) if self.ppo_steps else 0,
         )
 
     def plan(self, step: int, metrics: Mapping[str, float]) -> Plan | None:
