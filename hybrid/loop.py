@@ -9,9 +9,10 @@ from typing import Any
 
 from hybrid.core import IGNORE, InputError
 from hybrid.evaluate import sample_rows
+from hybrid.export import export_run
 from hybrid.mixing import Plan, Strategy
 from hybrid.resume import write_checkpoint
-from hybrid.run import CHECKPOINTS, CONFIG, EXPORT, Checkpoints, RunLog, make_trackers, stop_requested, write_report
+from hybrid.run import CHECKPOINTS, CONFIG, Checkpoints, RunLog, make_trackers, stop_requested, write_report
 
 __all__ = ["Progress", "run"]
 
@@ -26,12 +27,16 @@ class Progress:
 
     first: the trainer's step count when the call began.   metrics: of the last step.
     evaluated, evaluation: when the last evaluation was made, and what it found.
+    best, best_step: the watched metric where it last made progress.   num_idle: evaluations since.
     """
 
     first: int
     metrics: Metrics = field(default_factory=dict)
     evaluated: int | None = None
     evaluation: Metrics = field(default_factory=dict)
+    best: float | None = None
+    best_step: int | None = None
+    num_idle: int = 0
 
 
 def run(trainer: Any, strategy: Strategy, progress: Progress | None = None) -> Metrics:
@@ -56,7 +61,7 @@ def run(trainer: Any, strategy: Strategy, progress: Progress | None = None) -> M
         finally:
             # Also where the run was stopped: what it has learnt by then is not lost.
             if folder is not None and trainer.num_steps:
-                trainer.save(folder / EXPORT)
+                export_run(trainer)
                 write_report(folder)
 
 
@@ -64,6 +69,8 @@ def _check(trainer: Any, strategy: Strategy) -> None:
     """Refuse what the strategy cannot run with."""
     config, examples = trainer.config, trainer.loader.examples
     config.check_training(strategy)
+    if config.eval.patience is not None and not trainer.corpus.eval:
+        raise InputError("eval.patience needs held-out data: give eval_data, data.eval or data.eval_fraction")
     if strategy.needs_ptx:
         iter(trainer.ptx_loader)
     learns_targets = strategy.needs_targets or (strategy.kinds - {"ppo"} and not strategy.needs_ptx)
@@ -86,9 +93,11 @@ class _Loop:
         self.every = config.every
         self.checkpoints = None
         if trainer.folder is not None:
-            best = trainer.config.eval.metric, config.best
             self.checkpoints = Checkpoints(
-                trainer.folder / CHECKPOINTS, keep_last=config.keep_last, best=best, keep_best=config.keep_best
+                trainer.folder / CHECKPOINTS,
+                keep_last=config.keep_last,
+                best=trainer.config.eval.best,
+                keep_best=config.keep_best,
             )
 
     def run(self) -> Metrics:
@@ -97,14 +106,16 @@ class _Loop:
             self._evaluate()
         # Without a folder there is nothing to save: a signal then means what it always does.
         with stop_requested() if self.checkpoints is not None else nullcontext() as stop:
-            while (plan := self.strategy.plan(trainer.num_steps - progress.first, progress.metrics)) is not None:
+            while (plan := self._plan()) is not None:
                 self._step(plan)
                 if trainer.config.eval.every and trainer.num_steps % trainer.config.eval.every == 0:
                     self._evaluate()
                 signal = None if stop is None else stop.signal
-                due = self.checkpoints is not None and self.every and trainer.num_steps % self.every == 0
-                if signal or due:
+                if signal or self._is_due():
                     self._save()
+                exports = trainer.config.checkpoint.export_every
+                if trainer.folder is not None and exports and trainer.num_steps % exports == 0:
+                    export_run(trainer)
                 if signal:
                     self.log.say(
                         f"stopped by {signal.name} after step {trainer.num_steps}; "
@@ -114,6 +125,27 @@ class _Loop:
         if progress.evaluated != trainer.num_steps:
             self._evaluate()
         return progress.evaluation
+
+    def _plan(self) -> Plan | None:
+        """The next step; None where the strategy or the patience is at its end."""
+        progress, config = self.progress, self.trainer.config.eval
+        if config.patience is None or progress.num_idle < config.patience:
+            return self.strategy.plan(self.trainer.num_steps - progress.first, progress.metrics)
+        best = None if self.checkpoints is None else self.checkpoints.best()
+        self.log.say(
+            f"stopped early after step {self.trainer.num_steps}: {config.metric} made no progress in "
+            f"{progress.num_idle} evaluations"
+            + ("" if progress.best is None else f" after {progress.best:.4g} at step {progress.best_step}")
+            + ("" if best is None else f"; the best checkpoint: {best}")
+        )
+        return None
+
+    def _is_due(self) -> bool:
+        """Whether the step that was made is to be kept: it is the turn of it, or the best so far."""
+        step = self.trainer.num_steps
+        if self.checkpoints is None or not self.every:
+            return False
+        return step % self.every == 0 or step == self.progress.best_step
 
     def _step(self, plan: Plan) -> None:
         trainer, began = self.trainer, time.perf_counter()
@@ -147,9 +179,19 @@ class _Loop:
         metrics, rows = self.trainer.evaluation()
         if metrics:
             self.log.step({"step": self.trainer.num_steps, "phase": "eval", **metrics})
+            self._watch(metrics)
             self.trainer.updater.evaluated(metrics, self.trainer.config.eval.metric)
             self._log_samples("eval", rows)
         self.progress.evaluated, self.progress.evaluation = self.trainer.num_steps, metrics
+
+    def _watch(self, metrics: Metrics) -> None:
+        progress, config = self.progress, self.trainer.config.eval
+        value = config.watched(metrics)
+        if value is None:
+            return
+        progress.num_idle += 1
+        if config.improves(value, progress.best):
+            progress.best, progress.best_step, progress.num_idle = value, self.trainer.num_steps, 0
 
     def _save(self) -> None:
         assert self.checkpoints is not None

@@ -31,7 +31,7 @@ def test_the_custom_loop_has_at_most_40_lines():
 @pytest.mark.slow
 def test_the_custom_strategy_trains(stories):
     lines = run("examples/custom_strategy.py", stories)
-    assert [line.split()[0] for line in lines if "step" in line][0] == "ppo"
+    assert next(line.split()[0] for line in lines if "step" in line) == "ppo"
     assert "step 6/6" in lines[-1]
 
 

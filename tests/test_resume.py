@@ -83,13 +83,13 @@ def test_a_run_that_died_and_goes_on_equals_the_uninterrupted_one(stories, tmp_p
         pass
 
     trainer = HybridTrainer(config=HybridConfig.from_dict(config(stories, tmp_path, "part")))
-    steps = {name: getattr(trainer, name) for name in ("sft_step", "ppo_step")}
+    steps = {name: getattr(trainer, name) for name in ("sft_step", "joint_step")}
 
     def dying(step):
-        def call(batch):
+        def call(*args, **kwargs):
             if trainer.num_steps == fatal_step:
                 raise Died
-            return step(batch)
+            return step(*args, **kwargs)
 
         return call
 

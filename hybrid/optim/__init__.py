@@ -14,6 +14,7 @@ from hybrid.optim.scheduler import (
     check_scheduler,
     known_schedulers,
     make_scheduler,
+    plateau_mode,
     register_scheduler,
     scheduler_from,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "make_scheduler",
     "optimizer_from",
     "parameter_groups",
+    "plateau_mode",
     "register_optimizer",
     "register_scheduler",
     "scheduler_from",

@@ -13,7 +13,14 @@ from hybrid.core import InputError, Registry, parameters_of
 from hybrid.optim.keys import Key, Known, key_like, lower_keys, read_keys
 from hybrid.optim.scheduler_table import COUNTS, ROWS, WARMUP, SchedulerRow, share
 
-__all__ = ["check_scheduler", "known_schedulers", "make_scheduler", "register_scheduler", "scheduler_from"]
+__all__ = [
+    "check_scheduler",
+    "known_schedulers",
+    "make_scheduler",
+    "plateau_mode",
+    "register_scheduler",
+    "scheduler_from",
+]
 
 Factory = Callable[..., LRScheduler | None]
 _schedulers: Registry[Factory] = Registry("scheduler")
@@ -82,6 +89,13 @@ def check_scheduler(section: Mapping[str, Any]) -> None:
     """Refuse a bad `scheduler` section of a config, before there is an optimizer."""
     config = lower_keys(section)
     _read(config.pop("name", None), config, quiet=True)
+
+
+def plateau_mode(section: Mapping[str, Any]) -> str | None:
+    """Which end of its metric reduce_on_plateau takes for the better, min or max; None for any other scheduler."""
+    config = lower_keys(section)
+    factory, values = _read(config.pop("name", None), config, quiet=True)
+    return values["mode"] if factory is _schedulers["reduce_on_plateau"] else None
 
 
 def known_schedulers() -> list[Known]:

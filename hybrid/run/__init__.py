@@ -3,13 +3,14 @@
 from hybrid.run.checkpoint import filled_folder
 from hybrid.run.checkpoints import CheckpointConfig, Checkpoints
 from hybrid.run.compare import comparison_table, write_comparison
-from hybrid.run.report import Summary, SummaryRow, summary, summary_table, write_report
+from hybrid.run.report import BETTER, Summary, SummaryRow, summary, summary_table, write_report
 from hybrid.run.signals import stop_requested
 from hybrid.run.state_file import load_state, save_state
 from hybrid.run.track import CHECKPOINTS, CONFIG, EXPORT, RunLog, open_run_folder, read_jsonl
 from hybrid.run.trackers import Trackers, check_trackers, make_trackers
 
 __all__ = [
+    "BETTER",
     "CHECKPOINTS",
     "CONFIG",
     "EXPORT",

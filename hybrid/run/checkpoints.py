@@ -35,14 +35,15 @@ _DELETED = "deleted"
 class CheckpointConfig:
     """When a run saves all that it needs to go on, and what it keeps of that. A stopped run saves always."""
 
-    every: int = 100  # steps of the loop; 0: only when it is stopped
+    every: int = 100  # steps of the loop, and where an evaluation makes progress; 0: only when it is stopped
     keep_last: int | None = 2  # None: all
     keep_best: int = 1  # by `eval.metric`, of those that were evaluated at their step
-    best: Literal["min", "max"] = "min"  # which end of that metric is the better
+    export_every: int = 0  # steps between exports of the model, each in the place of the one before; 0: at the end
 
     def __post_init__(self) -> None:
-        if self.every < 0:
-            raise InputError(f"CheckpointConfig.every must be >= 0, got {self.every}")
+        for name in ("every", "export_every"):
+            if getattr(self, name) < 0:
+                raise InputError(f"CheckpointConfig.{name} must be >= 0, got {getattr(self, name)}")
         for name in ("keep_last", "keep_best"):
             number = getattr(self, name)
             if number is not None and number < 1:

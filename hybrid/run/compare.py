@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybrid.core import InputError
 from hybrid.run.curves import PANELS, TRAINING, Curve, Points, Rows, dress, finite, inlined, points_of
-from hybrid.run.report import MEASURES, NUM_SAMPLES, facts_of, rows_of, shown, typeset
+from hybrid.run.report import BETTER, MEASURES, NUM_SAMPLES, facts_of, rows_of, shown, typeset
 from hybrid.run.track import CONFIG, SAMPLES, read_jsonl
 
 if TYPE_CHECKING:
@@ -22,16 +22,9 @@ __all__ = ["comparison_table", "write_comparison"]
 MAX_RUNS = 8
 
 # What else an evaluation may hold: its name and its unit. Any other number stands under its own name.
-_MORE = {
-    "perplexity": ("Perplexity", "of the targets"),
-    "bleu": ("BLEU", ""),
-    "rouge_l": ("ROUGE-L", ""),
-    "f1": ("F1", ""),
-}
-# Which way is better, where one is: neither a long response nor a far one is good or bad in itself.
-_BEST = {"reward": max, "positive": max, "sft_loss": min, "perplexity": min, "bleu": max, "rouge_l": max, "f1": max}
+_MORE = {"perplexity": ("Perplexity", "of the targets")}
 # Numbers of an evaluation that measure nothing, or stand with another.
-_ASIDE = {"step", "cycle", "num_prompts", "seconds", "elapsed", "reward_std"}
+_ASIDE = {"step", "cycle", "num_prompts", "num_targets", "seconds", "elapsed", "reward_std"}
 
 # The samples of one evaluation by prompt, and by how often that prompt has come before.
 Answers = dict[tuple[str, int], dict[str, Any]]
@@ -176,7 +169,9 @@ def _measures(runs: Sequence[_Run]) -> list[_Measure]:
         if key in _ASIDE or key.endswith("_sem") or all(number is None for number in numbers):
             continue
         texts = [format.format(number) if number is not None else None for number in numbers]
-        best = _BEST[key](number for number in numbers if number is not None) if key in _BEST else None
+        best = None
+        if key in BETTER:
+            best = (max if BETTER[key] == "max" else min)(number for number in numbers if number is not None)
         # What reads the same is as good; where all runs are the best, none is.
         marked = tuple(text is not None and best is not None and text == format.format(best) for text in texts)
         if all(mark or text is None for mark, text in zip(marked, texts, strict=True)):

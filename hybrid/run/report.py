@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hybrid.core import InputError
 from hybrid.run.curves import TRAINING, Rows, curves, finite
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = [
+    "BETTER",
     "MEASURES",
     "NUM_SAMPLES",
     "Summary",
@@ -55,9 +56,9 @@ class Summary:
     rows: tuple[SummaryRow, ...]
 
 
-def summary(folder: str | Path) -> Summary:
-    """A run's first and last evaluation, side by side. Refuses (InputError) what is no run folder."""
-    return _summary(rows_of(Path(folder)))
+def summary(folder: str | Path, *, until: int | None = None) -> Summary:
+    """A run's first and last evaluation (`until` a step), side by side. Refuses (InputError) what is no run folder."""
+    return _summary(rows_of(Path(folder), until=until))
 
 
 def summary_table(summary: Summary) -> "Table":
@@ -112,8 +113,8 @@ def write_report(folder: str | Path) -> Path:
         part.unlink(missing_ok=True)
 
 
-def rows_of(folder: Path) -> dict[str, Rows]:
-    """Rows of metrics.jsonl by phase, in order of step. Where a resumed run repeats a step, the later row."""
+def rows_of(folder: Path, *, until: int | None = None) -> dict[str, Rows]:
+    """Rows of metrics.jsonl by phase, in order of step, all or `until` a step. Of a repeated step the later row."""
     path = folder / METRICS
     if not path.is_file():
         raise InputError(f"{str(folder)!r} is not a run folder: it holds no {METRICS}")
@@ -124,6 +125,8 @@ def rows_of(folder: Path) -> dict[str, Rows]:
         latest[row["phase"], row["step"]] = row
     rows: dict[str, Rows] = {phase: [] for phase in (*TRAINING, "eval")}
     for phase, step in sorted(latest, key=lambda key: key[1]):
+        if until is not None and step > until:
+            break
         rows.setdefault(phase, []).append(latest[phase, step])
     return rows
 
@@ -149,7 +152,18 @@ MEASURES: tuple[tuple[str, str, str, str, Callable[[float, float], str]], ...] =
     ("distinct_2", "Distinct-2", "share of bigrams that differ", "{:.3f}", _ratio),
     ("response_length", "Response length", "tokens", "{:.1f}", _difference("{:+z.1f}")),
     ("eos_share", "Ended with EOS", "share of responses", "{:.0%}", _difference("{:+z.0f} points", 100)),
+    ("bleu", "BLEU", "of the corpus, 0 to 100", "{:.1f}", _difference("{:+z.1f}")),
+    ("chrf", "chrF", "of the corpus, 0 to 100", "{:.1f}", _difference("{:+z.1f}")),
+    ("rouge_l", "ROUGE-L", "mean F1, 0 to 1", "{:.3f}", _difference("{:+z.3f}")),
+    ("token_f1", "Word F1", "mean, 0 to 1", "{:.3f}", _difference("{:+z.3f}")),
+    ("exact_match", "Exact match", "share of responses", "{:.0%}", _difference("{:+z.0f} points", 100)),
 )
+# Which end of a measure is the better, where one is: neither a long response nor a far one is good or bad in itself.
+BETTER: Mapping[str, Literal["min", "max"]] = {
+    "sft_loss": "min",
+    "perplexity": "min",
+    **dict.fromkeys(("reward", "positive", "bleu", "chrf", "rouge_l", "token_f1", "exact_match"), "max"),
+}
 
 
 def _summary(rows: Mapping[str, Rows]) -> Summary:

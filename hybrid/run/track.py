@@ -272,7 +272,7 @@ class _Console:
             parts[0] += f"/{self.total_steps}"
             if phase != "eval":
                 parts.append(f"eta {_clock(self._seconds_left(step, self.total_steps))}")
-        for name in ("reward", "kl", "sft_loss"):
+        for name in ("reward", "kl", "sft_loss", "bleu", "chrf", "rouge_l", "token_f1", "exact_match"):
             if name in numbers:
                 number = numbers[name]
                 parts.append(f"{name} {'nan' if number is None else format(number, '.4g')}")

@@ -1,8 +1,7 @@
-"""Held-out measures: what the policy says to prompts it has not seen, and how well it still knows the language."""
+"""What the policy says to prompts it has not seen, and how well it still knows the language."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
@@ -10,29 +9,13 @@ import torch
 
 from hybrid.core import Encoded, Rollout
 from hybrid.data import collate
+from hybrid.evaluate.text import evaluate_texts
 from hybrid.models import Policy, Reference
 from hybrid.rewards import Reward
 from hybrid.rollout import SamplingConfig, collect
 from hybrid.steps import SFTConfig, sft_batch_loss
 
-__all__ = ["EvalConfig", "distinct_n", "evaluate_rewards", "evaluate_sft"]
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Evaluation on held-out examples: before the first step, after the last, and in between."""
-
-    every: int = 0  # steps between evaluations; 0: only before and after
-    num_prompts: int = 64  # held-out prompts that are answered and scored
-    num_examples: int = 256  # held-out examples of the validation loss
-    batch_size: int = 32
-    seed: int = 1234  # of the sampling: the same draws before and after
-    metric: str = "sft_loss"  # what the scheduler reduce_on_plateau watches
-
-    def __post_init__(self) -> None:
-        for name, least in (("every", 0), ("num_prompts", 1), ("num_examples", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"EvalConfig.{name} must be >= {least}, got {getattr(self, name)}")
+__all__ = ["distinct_n", "evaluate_responses", "evaluate_sft", "sample_rows"]
 
 
 @torch.no_grad()
@@ -50,49 +33,75 @@ def evaluate_sft(policy: Policy, examples: Sequence[Encoded], *, batch_size: int
     return {"sft_loss": loss_mean, "perplexity": math.exp(min(loss_mean, 700.0))}
 
 
-def evaluate_rewards(
+def evaluate_responses(
     policy: Policy,
     references: Sequence[Reference],
-    reward: Reward,
+    reward: Reward | None,
     examples: Sequence[Encoded],
     *,
     tokenizer: Any,
     sampling: SamplingConfig,
+    text_metrics: Sequence[str] = (),
     batch_size: int = 32,
     seed: int = 1234,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Answer the examples' prompts, by sampling as in training, and measure the answers.
+    """Answer the examples' prompts as `sampling` says, and measure the answers.
 
-    Returns metrics and one row per sample. reward: mean score; reward_sem: its standard error; positive: share of
-    responses with reward > 0; kl: nats per response (k1); distinct_2: distinct over all word bigrams.
-    The reward's state (running means, history) is left as it was: training goes on from its own.
+    Returns metrics and one row per sample. kl: nats per response (k1); distinct_2: distinct over all word bigrams;
+    the text metrics of `evaluate_texts`.
+    With a reward also reward: mean score; reward_sem: its standard error; positive: share of responses with reward
+    > 0; of several parts reward/PART/raw_mean: mean of the scores before any postprocessing. The reward's state
+    (running means, history) is left as it was: training goes on from its own.
     """
-    state = reward.state_dict()
+    judge = _Unjudged() if reward is None else reward
+    state = judge.state_dict()
     generator = torch.Generator(policy.device).manual_seed(seed)
     rollouts = [
         collect(
-            policy, references, reward, examples[start : start + batch_size],
+            policy, references, judge, examples[start : start + batch_size],
             tokenizer=tokenizer, sampling=sampling, generator=generator,
         )
         for start in range(0, len(examples), batch_size)
     ]  # fmt: skip
-    reward.load_state_dict(state)
+    judge.load_state_dict(state)
     rows = [row for rollout in rollouts for row in sample_rows(rollout)]
+    responses = [row["response"] for row in rows]
+    lengths = [n for rollout in rollouts for n in rollout.mask.sum(1).tolist()]
+    metrics = {
+        "kl": fmean(x for rollout in rollouts for x in rollout.kl.sum(1).tolist()),
+        "distinct_2": distinct_n(responses, 2),
+        "response_length": fmean(lengths),
+        "eos_share": fmean(x for rollout in rollouts for x in rollout.ended.tolist()),
+        "num_prompts": float(len(rows)),
+    }
+    if text_metrics:
+        metrics |= evaluate_texts(text_metrics, responses, [row["target"] for row in rows])
+    if reward is None:
+        return metrics, [{**row, "reward": None, "components": {}} for row in rows]
+    return _reward_metrics(rows) | metrics, rows
+
+
+class _Unjudged(Reward):
+    """Stands in where no reward is asked for: its scores are not looked at."""
+
+    def _score_one(self, response: str, target: Any, prompt: str, item: Any) -> float:
+        return 0.0
+
+
+def _reward_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     scores = [row["reward"] for row in rows]
     spread = stdev(scores) if len(scores) > 1 else 0.0
-    lengths = [n for rollout in rollouts for n in rollout.mask.sum(1).tolist()]
     metrics = {
         "reward": fmean(scores),
         "reward_std": spread,
         "reward_sem": spread / math.sqrt(len(scores)),
         "positive": fmean(score > 0 for score in scores),
-        "kl": fmean(x for rollout in rollouts for x in rollout.kl.sum(1).tolist()),
-        "distinct_2": distinct_n([row["response"] for row in rows], 2),
-        "response_length": fmean(lengths),
-        "eos_share": fmean(x for rollout in rollouts for x in rollout.ended.tolist()),
-        "num_prompts": float(len(scores)),
     }
-    return metrics, rows
+    parts = rows[0]["components"]
+    for part in parts if len(parts) > 1 else ():  # a single one is the reward itself
+        if raw := [score for row in rows if (score := row["components"][part]) is not None]:
+            metrics[f"reward/{part}/raw_mean"] = fmean(raw)
+    return metrics
 
 
 def sample_rows(rollout: Rollout) -> list[dict[str, Any]]:
