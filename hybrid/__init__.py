@@ -11,7 +11,7 @@ from hybrid.core import Batch, Encoded, Example, InputError, Rollout
 from hybrid.data import DataConfig, Loader
 from hybrid.evaluate import EvalConfig
 from hybrid.mixing import make_strategy, register_strategy
-from hybrid.models import Policy, Reference
+from hybrid.models import LoraConfig, Policy, Reference
 from hybrid.optim import make_optimizer, make_scheduler, register_optimizer, register_scheduler
 from hybrid.rewards import Reward, RewardError, make_reward, register_reward
 from hybrid.rollout import KLConfig, SamplingConfig, ScoreConfig, collect
@@ -38,6 +38,7 @@ __all__ = [
     "InputError",
     "KLConfig",
     "Loader",
+    "LoraConfig",
     "ModelConfig",
     "PPOConfig",
     "Policy",

@@ -1,4 +1,4 @@
-"""The command line: `hybrid demo | train | generate | eval | reward | report`."""
+"""The command line: `hybrid demo | train | generate | eval | export | reward | report`."""
 
 import argparse
 import json
@@ -11,12 +11,13 @@ from pathlib import Path
 from hybrid.config import HybridConfig
 from hybrid.core import InputError
 from hybrid.data import read_rows
+from hybrid.export import export
 from hybrid.fused import kernel_backend
 from hybrid.mixing import make_strategy
 from hybrid.optim import listing, listing_markdown
-from hybrid.resume import MODEL
+from hybrid.resume import trained_config
 from hybrid.rewards import RewardError, make_reward, reward_listing, reward_markdown, reward_schema
-from hybrid.run import CONFIG, EXPORT, comparison_table, summary, summary_table, write_comparison, write_report
+from hybrid.run import CONFIG, comparison_table, summary, summary_table, write_comparison, write_report
 from hybrid.scoring import (
     COLUMNS,
     component_table,
@@ -89,6 +90,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_overrides(evaluate)
     evaluate.set_defaults(command=_eval)
 
+    exported = commands.add_parser("export", help="write a run's model as a plain transformers folder with its card")
+    exported.add_argument("run", metavar="RUN", help="a run's folder")
+    exported.add_argument("folder", metavar="DIR", help="where to write it")
+    exported.add_argument("--checkpoint", metavar="NAME", help="best, newest or step-N (default: the run's own export)")
+    exported.set_defaults(command=_export)
+
     reward = commands.add_parser("reward", help="score a file of responses; list the types; print their JSON Schema")
     reward.add_argument("spec", nargs="?", metavar="SPEC", help="a JSON or YAML file, or the JSON itself")
     reward.add_argument("file", nargs="?", metavar="FILE", help="the responses: JSONL, JSON or CSV")
@@ -149,7 +156,7 @@ def _run(trainer: HybridTrainer) -> None:
 
 def _generate(args: argparse.Namespace) -> None:
     if (Path(args.model) / CONFIG).is_file():
-        config = _trained(Path(args.model), args.overrides)
+        config = trained_config(Path(args.model), args.overrides)
     else:
         config = HybridConfig.from_dict({"model": {"name": args.model}}, args.overrides)
     # Neither data nor reward: the saved config says how a prompt is put.
@@ -162,13 +169,19 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _eval(args: argparse.Namespace) -> None:
     path = Path(args.config)
-    config = _trained(path, args.overrides) if path.is_dir() else HybridConfig.from_file(path, args.overrides)
+    config = trained_config(path, args.overrides) if path.is_dir() else HybridConfig.from_file(path, args.overrides)
     trainer = HybridTrainer(_model_name(config), config=replace(config, run=replace(config.run, output=None)))
     metrics = trainer.evaluate()
     if not metrics:
         raise InputError(f"nothing to evaluate: {str(path)!r} names no held-out data (data.eval or data.eval_fraction)")
+    width = max(map(len, metrics))
     for name, value in metrics.items():
-        print(f"{name:16} {value:.4f}")
+        print(f"{name:{width}} {value:.4f}")
+
+
+def _export(args: argparse.Namespace) -> None:
+    folder = export(args.run, args.folder, checkpoint=args.checkpoint)
+    print(f"exported to {folder}; publish it with: hf upload NAME {folder}")
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -242,23 +255,3 @@ def _model_name(config: HybridConfig) -> str:
     if config.model.name is None:
         raise InputError("config: model.name is missing; give a model's folder or hub name")
     return config.model.name
-
-
-def _trained(folder: Path, overrides: Sequence[str]) -> HybridConfig:
-    """The config of a run with the model it exported, or of a checkpoint with the model in it; a reference that was
-    the model it started from is still that one."""
-    model = next((folder / name for name in (EXPORT, MODEL) if (folder / name).is_dir()), None)
-    if model is None or not (folder / CONFIG).is_file():
-        raise InputError(f"{str(folder)!r} is neither a run with an {EXPORT} folder nor a checkpoint")
-    config = HybridConfig.from_file(folder / CONFIG, overrides)
-    if config.model.name is None:
-        raise InputError(f"{str(folder / CONFIG)!r} does not say what model the run started from; set model.name=...")
-    references = tuple(
-        replace(reference, model=reference.model or config.model.name) for reference in config.references
-    )
-    return replace(
-        config,
-        model=replace(config.model, name=str(model)),
-        references=references,
-        run=replace(config.run, output=None),
-    )

@@ -13,7 +13,7 @@ from hybrid.data import DataConfig
 from hybrid.evaluate import EvalConfig
 from hybrid.mixing import Strategy, make_strategy
 from hybrid.models import LoraConfig, require
-from hybrid.optim import check_optimizer, check_scheduler
+from hybrid.optim import check_optimizer, check_scheduler, plateau_mode
 from hybrid.rollout import KLConfig, SamplingConfig, ScoreConfig
 from hybrid.run import CheckpointConfig
 from hybrid.steps import GradientConfig, PPOConfig, SFTConfig
@@ -57,14 +57,20 @@ class ModelConfig:
 class ReferenceConfig:
     """A frozen model that the policy is held close to."""
 
-    model: str | None = None  # a folder or a hub name; None: a copy of the policy as it starts; with model.lora: the same model, adapter off
+    # A folder or a hub name. None: a copy of the policy as it starts; with model.lora the policy, its adapter off.
+    model: str | None = None
     weight: float = 1.0  # the factor of its KL in the sum
     device: str | None = None  # None: the policy's
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: float32
+    load_in_4bit: bool = False  # the linear layers as nf4, by bitsandbytes; for one that is named
 
     def __post_init__(self) -> None:
         if not self.weight >= 0:
             raise ValueError(f"ReferenceConfig.weight must be >= 0, got {self.weight}")
+        if self.load_in_4bit:
+            if self.model is None:
+                raise ValueError("ReferenceConfig.load_in_4bit needs ReferenceConfig.model: a copy is as the policy is")
+            require("bitsandbytes", "ReferenceConfig.load_in_4bit", "bnb")
         _check_device(self.device or "auto", "ReferenceConfig.device")
 
 
@@ -111,15 +117,21 @@ class HybridConfig:
         make_strategy(self.mixing)
         check_optimizer(self.optimizer)
         check_scheduler(self.scheduler)
+        metric, better = self.eval.best
+        if plateau_mode(self.scheduler) not in (None, better):
+            raise InputError(f"scheduler.MODE must be {better!r}, which is the better end of eval.metric {metric!r}")
         for number, reference in enumerate(self.references if self.model.lora else ()):
             if reference.model is None and (reference.device, reference.dtype) != (None, None):
                 raise ValueError(
-                    f"references[{number}] is the policy's own model with the adapter off, which has no device or dtype "
-                    "of its own: leave them out, or name a model"
+                    f"references[{number}] is the policy's own model with the adapter off, which has no device or "
+                    "dtype of its own: leave them out, or name a model"
                 )
 
     def check_training(self, strategy: Strategy) -> None:
         """Refuse what no run of the strategy can be made with."""
+        metric = self.eval.metric
+        if self.reward is None and metric not in self.eval.measured(with_reward=False):
+            raise InputError(f"config: eval.metric {metric!r} needs a reward; give one, or watch another metric")
         if strategy.kinds == {"sft"}:
             return
         if self.reward is None:
@@ -138,20 +150,9 @@ class HybridConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()) -> "HybridConfig":
         """The config that a nested mapping describes; see `from_file`."""
-        import jsonargparse
-
         merged = _merged(values, overrides)
         _check_keys(cls, merged, "")
-        parser = jsonargparse.ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(cls, None)
-        try:
-            return cls(**vars(parser.instantiate(parser.parse_object(merged))))
-        except jsonargparse.ArgumentError as error:
-            raise InputError(f"config: {_one_line(error)}") from error
-        except InputError:
-            raise
-        except ValueError as error:
-            raise InputError(f"config: {error}") from error
+        return _parsed(cls, merged)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts and lists, every default written out; `from_dict` reads them back."""
@@ -257,8 +258,27 @@ def _check_keys(kind: type, values: Any, path: str) -> None:
             if get_origin(hint) is tuple:
                 for number, entry in enumerate(value if isinstance(value, (list, tuple)) else [value]):
                     _check_keys(inner, entry, f"{path}{key}[{number}].")
-            elif value is not None or type(None) not in get_args(hint):
+            elif value is not None or inner is hint:
                 _check_keys(inner, value, f"{path}{key}.")
+                if inner is not hint:
+                    # Alone: of a section that may be None jsonargparse would tell what it is not, at length.
+                    _parsed(inner, value, f"{path}{key}: ")
+
+
+def _parsed(kind: type, values: Mapping[str, Any], where: str = "") -> Any:
+    """The dataclass that a nested mapping describes. where: stands in front of the errors."""
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, None)
+    try:
+        return kind(**vars(parser.instantiate(parser.parse_object(values))))
+    except jsonargparse.ArgumentError as error:
+        raise InputError(f"config: {where}{_one_line(error)}") from error
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"config: {error}") from error
 
 
 def _one_line(error: Exception) -> str:

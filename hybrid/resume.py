@@ -1,7 +1,8 @@
 """The state of a trainer, and the checkpoint that holds it, so that the next step is the same."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,17 @@ import torch
 
 from hybrid.config import HybridConfig
 from hybrid.core import InputError
-from hybrid.models import Policy
-from hybrid.run import CHECKPOINTS, CONFIG, Checkpoints, load_state, save_state
+from hybrid.models import under_adapter
+from hybrid.run import CHECKPOINTS, CONFIG, EXPORT, Checkpoints, load_state, save_state
 
-__all__ = ["MODEL", "load_checkpoint", "load_training_state", "resumable", "training_state", "write_checkpoint"]
+__all__ = [
+    "load_checkpoint",
+    "load_training_state",
+    "resumable",
+    "trained_config",
+    "training_state",
+    "write_checkpoint",
+]
 
 # The parts of a trainer that know their own state.
 PARTS = ("updater", "kl")
@@ -27,9 +35,11 @@ MODEL, STATE = "model", "state"
 def write_checkpoint(trainer: Any, folder: Path, *, progress: Mapping[str, Any] | None = None) -> None:
     """Fill a checkpoint's folder: model/ as transformers writes it, with the value head; the state; the config.
 
+    Of a LoRA run model/ holds the adapter as it is (merged weights would not give its bits back); the frozen model
+    is not saved again but read, and quantized again, from where the run had it.
     progress: where the run stands in its strategy, for `HybridTrainer.resume`.
     """
-    trainer.policy.save_pretrained(folder / MODEL, tokenizer=trainer.tokenizer)
+    trainer.policy.save_pretrained(folder / MODEL, tokenizer=trainer.tokenizer, merge=False)
     save_state(folder / STATE, {**training_state(trainer), "progress": progress})
     trainer.config.save(folder / CONFIG)
 
@@ -42,8 +52,7 @@ def load_checkpoint(trainer: Any, folder: Path) -> dict[str, Any]:
     if not (folder / MODEL).is_dir():
         raise InputError(f"{str(folder)!r} is not a checkpoint: it has no {MODEL} folder")
     state = load_state(folder / STATE)
-    dtype = trainer.policy.backbone.head_weight.dtype
-    trainer.policy.load_state_dict(Policy.from_pretrained(folder / MODEL, dtype=dtype).state_dict())
+    trainer.policy.load_weights(folder / MODEL)
     load_training_state(trainer, state)
     return state
 
@@ -56,6 +65,28 @@ def resumable(folder: Path) -> tuple[HybridConfig, Path]:
     if checkpoint is None:
         raise InputError(f"{str(folder)!r} cannot be resumed: there is no whole checkpoint in its {CHECKPOINTS} folder")
     return HybridConfig.from_file(folder / CONFIG), checkpoint
+
+
+def trained_config(folder: Path, overrides: Sequence[str] = ()) -> HybridConfig:
+    """The config of a run with the model it exported, or of a checkpoint with the model in it, writing nothing.
+
+    A reference that was the model it started from is still that one. Raises InputError where `folder` is neither.
+    """
+    model = next((folder / name for name in (EXPORT, MODEL) if (folder / name).is_dir()), None)
+    if model is None or not (folder / CONFIG).is_file():
+        raise InputError(f"{str(folder)!r} is neither a run with an {EXPORT} folder nor a checkpoint")
+    config = HybridConfig.from_file(folder / CONFIG, overrides)
+    config = replace(config, run=replace(config.run, output=None))
+    if under_adapter(model) is not None:
+        # The model it started from is the one under the adapter.
+        return replace(config, model=replace(config.model, name=str(model)))
+    started = config.model.name
+    if started is None:
+        raise InputError(f"{str(folder / CONFIG)!r} does not say what model the run started from; set model.name=...")
+    as_it_was = {"model": started, "load_in_4bit": config.model.load_in_4bit}
+    references = tuple(r if r.model is not None else replace(r, **as_it_was) for r in config.references)
+    plain = replace(config.model, name=str(model), lora=None, load_in_4bit=False)
+    return replace(config, model=plain, references=references)
 
 
 def training_state(trainer: Any) -> dict[str, Any]:

@@ -271,10 +271,9 @@ def build_references(
             "device": config.device or policy.device,
         }
         if config.model is None:
-            # Of a policy with an adapter it is the policy's own model.
             references.append(Reference.from_policy(policy, **options))
         else:
-            references.append(Reference.from_pretrained(config.model, **options))
+            references.append(Reference.from_pretrained(config.model, load_in_4bit=config.load_in_4bit, **options))
     return references
 
 

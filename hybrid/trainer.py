@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hybrid.config import HybridConfig
 from hybrid.core import Batch, Encoded, InputError, Rollout
 from hybrid.data import Loader
-from hybrid.evaluate import evaluate_rewards, evaluate_sft
+from hybrid.evaluate import evaluate_responses, evaluate_sft
 from hybrid.loop import Progress, run
 from hybrid.mixing import Sequential, Strategy, make_strategy
 from hybrid.models import Policy
@@ -203,6 +203,7 @@ class HybridTrainer:
                 self.corpus.encoded(prompts),
                 tokenizer=self.tokenizer,
                 sampling=self.config.sampling,
+                samples_per_prompt=self.config.ppo.samples_per_prompt,
                 generator=self.sampler,
                 **self._collect_options(),
             )
@@ -259,14 +260,16 @@ class HybridTrainer:
         queries: Sequence[Ids],
         responses: Sequence[Ids],
         scores: Sequence[float] | Sequence[Tensor] | Tensor,
+        logprobs: Sequence[Tensor | Sequence[float]] | None = None,
     ) -> Metrics:
         """Learn from responses that you generated and scored yourself.
 
         queries, responses: one 1-D id tensor or list of ids each.   scores: a number for each response, or for
-        each a tensor with a score per token.
+        each a tensor with a score per token.   logprobs: for each response those that its tokens were drawn with,
+        for `ppo.importance`.   Responses to the same query are a group, for `ppo.advantage`.
         """
         eos_ids = self.policy.backbone.eos_ids(self.tokenizer)
-        given = from_lists(queries, responses, scores, eos_ids=eos_ids, device=self.policy.device)
+        given = from_lists(queries, responses, scores, eos_ids=eos_ids, logprobs=logprobs, device=self.policy.device)
         with self.autocast():
             rollout = assemble(
                 self.policy,
@@ -306,13 +309,13 @@ class HybridTrainer:
         with self.autocast():
             if examples:
                 metrics = evaluate_sft(self.policy, examples[: config.num_examples], batch_size=config.batch_size)
-            if examples and self.reward is not None:
-                rewards, rows = evaluate_rewards(
+            if examples and (self.reward is not None or config.text_metrics):
+                of_responses, rows = evaluate_responses(
                     self.policy, self.references, self.reward, examples[: config.num_prompts],
-                    tokenizer=self.tokenizer, sampling=self.config.sampling,
-                    batch_size=config.batch_size, seed=config.seed,
+                    tokenizer=self.tokenizer, sampling=config.sampling(self.config.sampling),
+                    text_metrics=config.text_metrics, batch_size=config.batch_size, seed=config.seed,
                 )  # fmt: skip
-                metrics |= rewards
+                metrics |= of_responses
         return metrics, rows
 
     def save(self, folder: str | Path) -> None:

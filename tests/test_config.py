@@ -52,6 +52,8 @@ def test_a_reward_in_a_config_is_written_as_its_spec():
 def test_to_dict_reads_back_as_itself():
     config = HybridConfig.from_dict({"references": [{"weight": 0.5}, {"model": "gpt2"}], "ppo": {"clip": 0.1}})
     assert HybridConfig.from_dict(config.to_dict()) == config
+    config = HybridConfig.from_dict({"model": {"lora": {"rank": 4, "target_modules": ["q_proj"]}}})
+    assert HybridConfig.from_dict(config.to_dict()) == config
 
 
 def test_a_number_that_yaml_takes_for_text_is_a_number(file):
@@ -79,6 +81,13 @@ def test_a_number_that_yaml_takes_for_text_is_a_number(file):
         ("references:\n  - wieght: 1", r"did you mean 'references\[0\].weight'"),
         ("mixing:\n  cycle: 3", "did you mean 'cycles'"),
         ("model:\n  dtype: int8", "model.dtype"),
+        ("model:\n  lora:\n    rnk: 4", "did you mean 'model.lora.rank'"),
+        ("model:\n  lora: true", "section 'model.lora' must be a mapping"),
+        ("model:\n  lora:\n    rank: many", "model.lora: .*rank"),
+        ("model:\n  lora:\n    rank: 0", "LoraConfig.rank must be >= 1"),
+        ("model:\n  load_in_4bit: true", "load_in_4bit needs model.lora"),
+        ("model:\n  lora: {}\nreferences:\n- dtype: bfloat16", r"references\[0\] is the policy's own model"),
+        ("references:\n- load_in_4bit: true", "load_in_4bit needs ReferenceConfig.model"),
         ("kl:\n  in_loss: true", "KLConfig.in_loss needs kind k2 or k3"),
         ("- 1", "must hold a mapping"),
         ("ppo: [", "is not YAML"),

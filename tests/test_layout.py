@@ -27,12 +27,13 @@ FLOORS = {
     "config": 6,
     "setup": 7,
     "resume": 7,
-    "loop": 8,
-    "trainer": 9,
-    "demo": 10,
-    "cli": 11,
-    "__main__": 12,
-    "__init__": 12,
+    "export": 8,
+    "loop": 9,
+    "trainer": 10,
+    "demo": 11,
+    "cli": 12,
+    "__main__": 13,
+    "__init__": 13,
 }
 # The two ground floors that know nothing of each other, and core, which everyone may use.
 STANDALONE = {"functional": {"functional"}, "core": {"core"}, "run": {"run", "core"}}

@@ -1,7 +1,7 @@
 """What every room may use: the types that travel, the registry, the error for bad input."""
 
 from hybrid.core.build import build, fits, parameters_of
-from hybrid.core.errors import InputError, first_line, unknown_name
+from hybrid.core.errors import InputError, RunStopped, first_line, unknown_name
 from hybrid.core.registry import Registry, load_object
 from hybrid.core.types import IGNORE, Batch, Encoded, Example, Rollout
 from hybrid.core.yaml_text import parse_yaml
@@ -14,6 +14,7 @@ __all__ = [
     "InputError",
     "Registry",
     "Rollout",
+    "RunStopped",
     "build",
     "first_line",
     "fits",

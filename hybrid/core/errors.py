@@ -3,14 +3,21 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["InputError", "first_line", "unknown_name"]
+__all__ = ["InputError", "RunStopped", "first_line", "unknown_name"]
 
 
 class InputError(ValueError):
     """Something the user gave cannot be used: a key, a value, a file, a row.
 
     The message is one line that names the thing, its value, what is allowed and the way out.
-    The command line prints it alone and exits with status 2; every other error keeps its traceback.
+    The command line prints it alone and exits with status 2.
+    """
+
+
+class RunStopped(RuntimeError):
+    """A run cannot go on, through no fault of its input: updates that are not finite, a policy that diverged, no memory.
+
+    The message says why and what to change; the command line prints it alone and exits with status 1.
     """
 
 

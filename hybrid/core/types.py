@@ -38,6 +38,7 @@ class Encoded:
 
     input_ids: prompt, target and EOS.   labels: the same length; IGNORE where a token is not trained.
     prompt_ids: what a rollout is started with.
+    num_hint: the last so many of prompt_ids are the beginning of the target, which rewards read with the response.
     prompt, target: the texts that rewards are given beside the response (for plain text, the row cut in two).
     item: the row it came from.
     """
@@ -48,6 +49,7 @@ class Encoded:
     prompt: str
     target: str
     item: Mapping[str, Any]
+    num_hint: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,14 @@ class Rollout:
     score: (B,) float32, the reward function's word on each response (the sum, where it spoke per token).
     ended: (B,) bool, whether the response closed with EOS.
     temperature: what the logits were divided by when it was sampled; the update divides by the same.
-    prompts, responses, targets: the texts, B of each, or none.   components: raw score by reward name, B each.
+    group: (B,) int64, equal where the rows answer the same prompt; from `collect` the example's number. Or None.
+    sampling_logprob: (B, T) float32, of each token under the distribution that it was drawn from (after top_k, top_p
+        and min_new_tokens, by the engine that drew it), 0 outside the mask; None where that is not known.
+    prompts, responses, targets: the texts, B of each, or none; a response stands behind its hint.
+    components: raw score by reward name, B each.
     reward_metrics: what the reward logs of each component.   seconds: what it took, by part.
-    advantage, return_: (B, T) float32, or None until `with_advantages` has put them there.
+    advantage, return_: (B, T) float32, or None until `with_advantages` has put them there; without a critic
+        return_ stays None.
     """
 
     input_ids: Tensor
@@ -117,6 +124,8 @@ class Rollout:
     ended: Tensor
     ref_weight: tuple[float, ...] = ()
     temperature: float = 1.0
+    group: Tensor | None = None
+    sampling_logprob: Tensor | None = None
     prompts: tuple[str, ...] = ()
     responses: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()

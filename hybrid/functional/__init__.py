@@ -3,24 +3,40 @@
 float64 in gives float64 out, everything else float32 out. `B` sequences, `T` tokens, `V` vocabulary, `D` hidden.
 """
 
-from hybrid.functional.advantage import gae
+from hybrid.functional.advantage import gae, group_advantage, leave_one_out_advantage
 from hybrid.functional.kl import AdaptiveKL, FixedKL, kl_estimate
 from hybrid.functional.linear_logprob import linear_logprob
 from hybrid.functional.logprob import TokenStats, entropy, full_kl, soft_capped, token_logprob, token_stats
 from hybrid.functional.masked import masked_mean, masked_sum, masked_var, masked_whiten
-from hybrid.functional.ppo import Aggregation, loss_divisor, policy_loss, token_reward, value_loss
+from hybrid.functional.ppo import (
+    Aggregation,
+    ImportanceLevel,
+    ImportanceMode,
+    Surrogate,
+    importance_weight,
+    loss_divisor,
+    policy_loss,
+    token_reward,
+    value_loss,
+)
 from hybrid.functional.sft import TokenWeight, sft_loss
 
 __all__ = [
     "AdaptiveKL",
     "Aggregation",
     "FixedKL",
+    "ImportanceLevel",
+    "ImportanceMode",
+    "Surrogate",
     "TokenStats",
     "TokenWeight",
     "entropy",
     "full_kl",
     "gae",
+    "group_advantage",
+    "importance_weight",
     "kl_estimate",
+    "leave_one_out_advantage",
     "linear_logprob",
     "loss_divisor",
     "masked_mean",

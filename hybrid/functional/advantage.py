@@ -1,11 +1,11 @@
-"""Advantages over the response tokens."""
+"""Advantages: of each response token against a critic, or of whole responses against others to the same prompt."""
 
 import torch
 from torch import Tensor
 
 from hybrid.functional.precision import check_same_shape, to_float
 
-__all__ = ["gae"]
+__all__ = ["gae", "group_advantage", "leave_one_out_advantage"]
 
 
 @torch.no_grad()
@@ -56,3 +56,55 @@ def _next_valid(x: Tensor, mask: Tensor) -> Tensor:
     index = position.masked_fill(~mask, length).flip(1).cummin(1).values.flip(1)
     index = torch.nn.functional.pad(index[:, 1:], (0, 1), value=length)  # (B, T): > t instead of >= t
     return torch.nn.functional.pad(x, (0, 1)).gather(1, index)
+
+
+@torch.no_grad()
+def group_advantage(score: Tensor, group: Tensor, *, scale_by_std: bool = True) -> Tensor:
+    """Each score against the mean of its group, in standard deviations of the group.
+
+        A_i = (score_i - mean) / (std + 1e-4)          (GRPO)
+        A_i =  score_i - mean                          (scale_by_std=False: Dr. GRPO)
+
+    score: (B,) float.   group: (B,) int, equal where the responses answer the same prompt; any ids, in any
+    order, groups of any size.   std: the unbiased one.   Returns (B,), without gradient; exactly 0 where a
+    group's scores are all equal, as a group of one's are.
+    Raises ValueError if the shapes differ.
+    Source: GRPO: Shao et al. 2024 (arXiv:2402.03300); Dr. GRPO: Liu et al. 2025 (arXiv:2503.20783).
+    """
+    deviation, same, size = _deviation(score, group)
+    if not scale_by_std:
+        return deviation
+    variance = _group_sum(deviation**2, same) / (size - 1).clamp(min=1)
+    # Unbiased, and 1e-4: as TRL has it (verl adds 1e-6).
+    return deviation / (variance.sqrt() + 1e-4)
+
+
+@torch.no_grad()
+def leave_one_out_advantage(score: Tensor, group: Tensor) -> Tensor:
+    """Each score against the mean of the OTHERS of its group (RLOO); 0 in a group of one.
+
+        A_i = score_i - sum_{j != i} score_j / (n - 1) = n / (n - 1) * (score_i - mean)
+
+    score, group: (B,), as in `group_advantage`.   Returns (B,), without gradient.
+    Raises ValueError if the shapes differ.
+    Source: Ahmadian et al. 2024 (arXiv:2402.14740); Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline
+    for Free!".
+    """
+    deviation, _, size = _deviation(score, group)
+    return deviation * (size / (size - 1).clamp(min=1))
+
+
+def _deviation(score: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """score - mean of its group (B,); whether two rows are of one group (B, B); the size of each row's group (B,)."""
+    check_same_shape(score=score, group=group)
+    (score,) = to_float(score)
+    same = group.unsqueeze(1) == group.unsqueeze(0)
+    size = same.sum(1).to(score.dtype)
+    deviation = score - _group_sum(score, same) / size
+    # Once more on what is left: rounding of the first mean would give equal scores an advantage.
+    return deviation - _group_sum(deviation, same) / size, same, size
+
+
+def _group_sum(x: Tensor, same: Tensor) -> Tensor:
+    """The sum over each row's group, (B,) -> (B,). Of all pairs, because a GPU adds by index in any order."""
+    return torch.where(same, x, 0.0).sum(1)

@@ -1,4 +1,4 @@
-"""The clipped losses of proximal policy optimisation."""
+"""The losses of proximal policy optimisation: clipped, unclipped and CISPO policy loss, clipped value loss."""
 
 from typing import Literal
 
@@ -8,9 +8,22 @@ from torch import Tensor
 from hybrid.functional.masked import masked_mean, masked_sum, masked_var
 from hybrid.functional.precision import check_same_shape, to_float
 
-__all__ = ["Aggregation", "loss_divisor", "policy_loss", "token_reward", "value_loss"]
+__all__ = [
+    "Aggregation",
+    "ImportanceLevel",
+    "ImportanceMode",
+    "Surrogate",
+    "importance_weight",
+    "loss_divisor",
+    "policy_loss",
+    "token_reward",
+    "value_loss",
+]
 
 Aggregation = Literal["token_mean", "sequence_mean", "fixed_length"]
+Surrogate = Literal["ppo", "cispo"]
+ImportanceLevel = Literal["token", "sequence"]
+ImportanceMode = Literal["truncate", "mask"]
 
 
 def token_reward(score: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
@@ -61,9 +74,11 @@ def policy_loss(
     advantage: Tensor,
     mask: Tensor,
     *,
-    clip: float = 0.2,
+    clip: float | None = 0.2,
     clip_high: float | None = None,
     dual_clip: float | None = None,
+    surrogate: Surrogate = "ppo",
+    weight: Tensor | None = None,
     aggregation: Aggregation = "token_mean",
     fixed_length: int | None = None,
     num_tokens: int | None = None,
@@ -71,10 +86,14 @@ def policy_loss(
     """The clipped surrogate, to be minimised.
 
         ratio = exp(logprob - old_logprob)
-        loss  = sum_t max(-A_t ratio_t, -A_t clip(ratio_t, 1 - clip, 1 + clip_high)) / num_tokens
+        kept  = clip(ratio, 1 - clip, 1 + clip_high)
+        ppo:    loss = sum_t max(-A_t ratio_t, -A_t kept_t) / num_tokens
+        cispo:  loss = sum_t -A_t kept_t logprob_t / num_tokens             (no gradient through kept)
 
     logprob, old_logprob, advantage: (B, T).   mask: (B, T), true on the response's own tokens.
+    clip: None keeps every ratio; where it is 1 the gradient is then that of -A logprob, of REINFORCE and A2C.
     clip_high: the upper range, `clip` where None.   dual_clip: c > 1; where A < 0 the loss is at most -c A.
+    weight: (B, T), a constant factor on each token's loss (`importance_weight`). The divisor stays as it is.
     aggregation: `token_mean` (default), `sequence_mean` (each row's token mean, then the mean of rows),
         `fixed_length` (each row's sum over fixed_length, then the mean of rows).
     num_tokens: the global divisor where these rows are part of a larger step: the sum of `loss_divisor`
@@ -82,25 +101,35 @@ def policy_loss(
 
     Returns `(loss, metrics)`: a scalar, connected to the graph even where the mask is empty, and detached
     token means over this mask: approx_kl (0.5 (logprob - old_logprob)²), clip_fraction (tokens where the
-    clipped term is the larger one), ratio_mean, ratio_max.
+    clipped term is the larger one; cispo: whose ratio was clipped), ratio_mean, ratio_max.
+    Raises ValueError for different shapes, a dual_clip of at most 1, and what needs a clip or surrogate "ppo"
+    where there is none.
     Source: Schulman et al. 2017, eq. 7 (arXiv:1707.06347); dual clip: Ye et al. 2020, eq. 5
-    (arXiv:1912.09729).
+    (arXiv:1912.09729); CISPO: MiniMax-M1, 2025 (arXiv:2506.13585).
     """
     check_same_shape(logprob=logprob, old_logprob=old_logprob, advantage=advantage, mask=mask)
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"policy_loss: dual_clip must be > 1, got {dual_clip}")
+    _check_clipping(clip, clip_high, dual_clip, surrogate)
     logprob, old_logprob, advantage = to_float(logprob, old_logprob, advantage)
     mask = mask.bool()
     # Outside the mask anything may stand, and exp of anything may be inf: 0 * inf would poison the gradient.
     log_ratio = (logprob - old_logprob.detach()).masked_fill(~mask, 0.0)
     advantage = advantage.detach().masked_fill(~mask, 0.0)
     ratio = log_ratio.exp()
-    high = clip if clip_high is None else clip_high
-    unclipped = -advantage * ratio
-    clipped = -advantage * ratio.clamp(1.0 - clip, 1.0 + high)
-    loss = torch.maximum(unclipped, clipped)
+    kept = ratio
+    if clip is not None:
+        kept = ratio.clamp(1.0 - clip, 1.0 + (clip if clip_high is None else clip_high))
+    if surrogate == "cispo":
+        loss = -advantage * kept.detach() * logprob.masked_fill(~mask, 0.0)
+        is_clipped = kept != ratio
+    else:
+        unclipped, clipped = -advantage * ratio, -advantage * kept
+        loss = torch.maximum(unclipped, clipped)
+        is_clipped = clipped > unclipped
     if dual_clip is not None:
         loss = torch.where(advantage < 0, torch.minimum(loss, -dual_clip * advantage), loss)
+    if weight is not None:
+        check_same_shape(weight=weight, mask=mask)
+        loss = loss * weight.detach().masked_fill(~mask, 0.0)
 
     if aggregation == "sequence_mean":
         loss = loss / mask.sum(1, keepdim=True).clamp(min=1)
@@ -111,11 +140,71 @@ def policy_loss(
     with torch.no_grad():
         metrics = {
             "approx_kl": masked_mean(0.5 * log_ratio**2, mask),
-            "clip_fraction": masked_mean((clipped > unclipped).to(loss.dtype), mask),
+            "clip_fraction": masked_mean(is_clipped.to(loss.dtype), mask),
             "ratio_mean": masked_mean(ratio, mask),
             "ratio_max": ratio.masked_fill(~mask, 0.0).max(),
         }
     return masked_sum(loss, mask) / max(num_tokens, 1), metrics
+
+
+def _check_clipping(clip: float | None, clip_high: float | None, dual_clip: float | None, surrogate: str) -> None:
+    if surrogate not in ("ppo", "cispo"):
+        raise ValueError(f"policy_loss: surrogate must be ppo or cispo, got {surrogate!r}")
+    if clip is None and clip_high is not None:
+        raise ValueError(f"policy_loss: clip_high is {clip_high}, but clip is None: nothing is clipped")
+    if dual_clip is not None and (clip is None or surrogate == "cispo"):
+        raise ValueError(f"policy_loss: dual_clip goes with a clip and surrogate 'ppo', got {clip} and {surrogate!r}")
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"policy_loss: dual_clip must be > 1, got {dual_clip}")
+
+
+@torch.no_grad()
+def importance_weight(
+    old_logprob: Tensor,
+    sampling_logprob: Tensor,
+    mask: Tensor,
+    *,
+    level: ImportanceLevel = "token",
+    mode: ImportanceMode = "truncate",
+    cap: float = 2.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The factor that corrects a loss for tokens that were drawn from another distribution than the policy's.
+
+        ratio_t = exp(old_logprob_t - sampling_logprob_t)               level token
+        ratio   = exp(sum_t (old_logprob_t - sampling_logprob_t))       level sequence: the row's, at all its tokens
+        weight  = min(ratio, cap)                                       mode truncate
+        weight  = ratio where 1 / cap <= ratio <= cap, else 0           mode mask
+
+    old_logprob, sampling_logprob: (B, T), of the same tokens under the policy and under what drew them.
+    mask: (B, T), true on the response's own tokens.   cap: >= 1; 1 truncates every weight to at most 1.
+    Returns `(weight, metrics)`: (B, T), 0 outside the mask, without gradient; and over the tokens of this mask
+    importance_mean and importance_max of the ratio, importance_cut_fraction of what truncation or mask changed.
+    Raises ValueError for different shapes, an unknown level or mode, a cap below 1.
+    Source: truncation: Yao et al. 2025 (fengyao.notion.site/off-policy-rl); sequence level and mask: Liu et al.
+    2025 (richardli.xyz/rl-collapse).
+    """
+    check_same_shape(old_logprob=old_logprob, sampling_logprob=sampling_logprob, mask=mask)
+    if level not in ("token", "sequence") or mode not in ("truncate", "mask"):
+        raise ValueError(
+            f"importance_weight: level must be token or sequence and mode truncate or mask, got {level!r} and {mode!r}"
+        )
+    if not cap >= 1:
+        raise ValueError(f"importance_weight: cap must be >= 1, got {cap}")
+    old_logprob, sampling_logprob = to_float(old_logprob, sampling_logprob)
+    mask = mask.bool()
+    log_ratio = (old_logprob - sampling_logprob).masked_fill(~mask, 0.0)
+    if level == "sequence":
+        log_ratio = log_ratio.sum(1, keepdim=True).expand_as(mask)
+    # 20: exp(20) = 5e8 is beyond any sensible cap, and finite.
+    ratio = log_ratio.clamp(max=20.0).exp()
+    outside = (ratio < 1 / cap) | (ratio > cap)
+    weight = ratio.clamp(max=cap) if mode == "truncate" else ratio.masked_fill(outside, 0.0)
+    metrics = {
+        "importance_mean": masked_mean(ratio, mask),
+        "importance_max": ratio.masked_fill(~mask, 0.0).max(),
+        "importance_cut_fraction": masked_mean((weight != ratio).to(weight.dtype), mask),
+    }
+    return weight.masked_fill(~mask, 0.0), metrics
 
 
 def value_loss(

@@ -1,17 +1,23 @@
 """Models: the policy (trunk, LM head, value head) and the frozen references."""
 
+from hybrid.models.adapt import LoraConfig, add_lora, require, under_adapter
 from hybrid.models.backbone import Backbone, context_length
 from hybrid.models.heads import ValueHead
-from hybrid.models.policy import Policy, PolicyOutput, before_response, response_stats
+from hybrid.models.policy import VALUE_HEAD_FILE, Policy, PolicyOutput, before_response, response_stats
 from hybrid.models.reference import Reference
 
 __all__ = [
+    "VALUE_HEAD_FILE",
     "Backbone",
+    "LoraConfig",
     "Policy",
     "PolicyOutput",
     "Reference",
     "ValueHead",
+    "add_lora",
     "before_response",
     "context_length",
+    "require",
     "response_stats",
+    "under_adapter",
 ]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hybrid.core import InputError, first_line
 from hybrid.functional import soft_capped
+from hybrid.models.adapt import adopted
 
 __all__ = ["Backbone", "context_length"]
 
@@ -17,12 +18,13 @@ class Backbone(nn.Module):
 
     The trunk is what `get_decoder()` returns and the head what `get_output_embeddings()` returns; that
     head(trunk(x)) really is what the model itself computes, up to a constant factor (Cohere, Granite) and a
-    soft-cap (Gemma 2), is checked once on a few tokens when it is built.
+    soft-cap (Gemma 2), is checked once on a few tokens when it is built. A LoRA adapter may be in it, or be put in
+    later (`add_lora`).
     """
 
     def __init__(self, model: Any):
         super().__init__()
-        self.model = model
+        self.model = model = adopted(model)
         head = model.get_output_embeddings()
         if not isinstance(getattr(head, "weight", None), Tensor):
             raise InputError(f"{type(model).__name__} has no LM head with a weight: not a causal language model?")

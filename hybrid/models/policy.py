@@ -9,6 +9,17 @@ from torch import Tensor, nn
 
 from hybrid.core import IGNORE, InputError
 from hybrid.fused import TokenStats, linear_logprob
+from hybrid.models.adapt import (
+    LoraConfig,
+    add_lora,
+    four_bit_options,
+    holds_adapter,
+    is_adapted,
+    load_adapter,
+    merged,
+    save_adapter,
+    under_adapter,
+)
 from hybrid.models.backbone import Backbone
 from hybrid.models.heads import ValueHead
 from hybrid.run.checkpoint import filled_folder
@@ -40,29 +51,72 @@ class Policy(nn.Module):
         self.value_head = ValueHead(self.backbone.hidden_size, dropout=value_dropout).to(self.backbone.device)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, *, value_dropout: float = 0.0, **kwargs: Any) -> "Policy":
-        """Load a model that transformers or `save_pretrained` wrote; a value head beside it is read as well.
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        value_dropout: float = 0.0,
+        lora: LoraConfig | None = None,
+        load_in_4bit: bool = False,
+        dtype: torch.dtype = torch.float32,
+        **kwargs: Any,
+    ) -> "Policy":
+        """Load a model that transformers, peft or `save_pretrained` wrote; a value head beside it is read as well.
 
-        kwargs: `dtype` (float32 by default) and whatever `AutoModelForCausalLM.from_pretrained` takes.
+        lora: train new adapters on the frozen model; an adapter that is in the folder is trained on.
+        load_in_4bit: the frozen model's linear layers as nf4 (needs an adapter).
+        dtype: of the weights, or of what is computed with 4-bit ones; adapters and value head are float32.
+        kwargs: whatever `AutoModelForCausalLM.from_pretrained` takes.
         Raises InputError where no such model is found.
         """
-        policy = cls(Backbone.from_pretrained(str(name_or_path), **kwargs), value_dropout=value_dropout)
-        beside = Path(name_or_path) / VALUE_HEAD_FILE
-        if beside.is_file():
-            from safetensors.torch import load_file
-
-            policy.value_head.load_state_dict(load_file(beside))
+        name, base = str(name_or_path), under_adapter(name_or_path)
+        if load_in_4bit:
+            if lora is None and base is None:
+                raise InputError("4-bit weights cannot be trained: load_in_4bit needs lora, adapters to train on them")
+            kwargs |= four_bit_options(dtype)
+        backbone = Backbone.from_pretrained(name, dtype=dtype, **kwargs)
+        if lora is not None:
+            add_lora(backbone.model, lora)
+        policy = cls(backbone, value_dropout=value_dropout)
+        policy._load_beside(Path(name_or_path))
         return policy
 
-    def save_pretrained(self, folder: str | Path, *, tokenizer: Any = None) -> None:
+    def load_weights(self, folder: str | Path) -> None:
+        """Take the weights that `save_pretrained` wrote for a policy made alike: of an adapted one the adapter."""
+        if is_adapted(self.backbone.model) != holds_adapter(folder):
+            there = "an adapter's weights" if holds_adapter(folder) else "a whole model's weights"
+            raise InputError(f"{str(folder)!r} holds {there}, which this policy cannot take: see model.lora")
+        if not holds_adapter(folder):
+            loaded = Policy.from_pretrained(folder, dtype=self.backbone.head_weight.dtype)
+            self.load_state_dict(loaded.state_dict())
+        self._load_beside(Path(folder))
+
+    def _load_beside(self, folder: Path) -> None:
+        """The value head, and the adapter with the bits it was saved with."""
+        from safetensors.torch import load_file
+
+        if (folder / VALUE_HEAD_FILE).is_file():
+            self.value_head.load_state_dict(load_file(folder / VALUE_HEAD_FILE))
+        if holds_adapter(folder):
+            load_adapter(self.backbone.model, folder)
+
+    def save_pretrained(self, folder: str | Path, *, tokenizer: Any = None, merge: bool = True) -> None:
         """Write a plain transformers folder with the value head beside it.
 
+        merge: an adapter is merged into the weights of a copy. False: it is written alone, bit for bit, and the folder
+            refers to the frozen model by name.
         Nothing is written there before all of it is complete; other files in the folder stay.
         """
         from safetensors.torch import save_file
 
+        model = self.backbone.model
         with filled_folder(folder, stale="model*.safetensors*") as temporary:
-            self.backbone.model.save_pretrained(temporary)
+            if not is_adapted(model):
+                model.save_pretrained(temporary)
+            elif merge:
+                merged(model).save_pretrained(temporary)
+            else:
+                save_adapter(model, temporary)
             state = {name: x.detach().cpu().contiguous() for name, x in self.value_head.state_dict().items()}
             save_file(state, temporary / VALUE_HEAD_FILE)
             if tokenizer is not None:

@@ -1,6 +1,7 @@
 """The frozen models that the policy is held close to."""
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from hybrid.core import InputError
 from hybrid.fused import TokenStats
+from hybrid.models.adapt import four_bit_options, is_adapted, without_adapter
 from hybrid.models.backbone import Backbone
 from hybrid.models.policy import Policy, response_stats
 
@@ -19,6 +21,8 @@ class Reference:
 
     weight: the factor of its KL where several references are summed.
     device, dtype: where and in what it lives; it may be another device and a smaller dtype than the policy's.
+    shared: the backbone is a policy's with a LoRA adapter, and stays the policy's: the reference is the same model,
+        there and in the dtype that it is, with the adapter switched off while it computes.
     """
 
     def __init__(
@@ -28,27 +32,42 @@ class Reference:
         weight: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        shared: bool = False,
     ):
         if not weight >= 0:
             raise InputError(f"a reference's weight must be >= 0, got {weight}")
-        self.backbone = backbone.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        if shared:
+            here = backbone.device, backbone.head_weight.dtype
+            if (torch.device(device or here[0]), dtype or here[1]) != here:
+                raise InputError(
+                    f"the reference of a LoRA policy is the policy's own model, {here[1]} on {str(here[0])!r}: leave "
+                    "its device and dtype out, or name a model for it"
+                )
+            self.backbone = backbone
+        else:
+            self.backbone = backbone.to(device=device, dtype=dtype).eval().requires_grad_(False)
         self.weight = weight
+        self.shared = shared
 
     @classmethod
     def from_policy(cls, policy: Policy, **kwargs: Any) -> "Reference":
-        """A frozen copy of the policy as it is now."""
+        """A frozen copy of the policy as it is now; of one with a LoRA adapter the model under it, not copied."""
+        if is_adapted(policy.backbone.model):
+            return cls(policy.backbone, shared=True, **kwargs)
         return cls(copy.deepcopy(policy.backbone), **kwargs)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str, **kwargs: Any) -> "Reference":
-        """Load with `AutoModelForCausalLM`."""
-        return cls(Backbone.from_pretrained(name_or_path), **kwargs)
+    def from_pretrained(cls, name_or_path: str, *, load_in_4bit: bool = False, **kwargs: Any) -> "Reference":
+        """Load with `AutoModelForCausalLM`; load_in_4bit: its linear layers as nf4."""
+        options = four_bit_options(kwargs.get("dtype") or torch.float32) if load_in_4bit else {}
+        return cls(Backbone.from_pretrained(name_or_path, **options), **kwargs)
 
     @torch.no_grad()
     def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Hidden states (B, P+T, D), on the reference's device."""
         device = self.backbone.device
-        return self.backbone(input_ids.to(device), attention_mask.to(device))
+        with without_adapter(self.backbone) if self.shared else nullcontext():
+            return self.backbone(input_ids.to(device), attention_mask.to(device))
 
     @torch.no_grad()
     def response_logprob(self, hidden: Tensor, input_ids: Tensor, mask: Tensor, *, temperature: float = 1.0) -> Tensor:

@@ -50,24 +50,28 @@ def collect(
     kl_coef: float = 0.0,
     kl_kind: KLKind = "k1",
     microbatch_size: int | None = None,
+    samples_per_prompt: int = 1,
     generator: torch.Generator | None = None,
 ) -> Rollout:
     """Answer the batch's prompts, score the answers, and assemble the rollout.
 
+    samples_per_prompt: responses to each prompt; they stand together and are one `group`, of the prompt's number.
     kl_coef: the weight of the per-token KL in the reward; 0 where the KL belongs into the loss.
     microbatch_size: rows of one scoring forward. Where PPO's first epoch uses the same, its first ratios are
         exactly 1: the same rows went through the same products.
-    A response that the reward skips (`on_error: skip`) is left out of the rollout.
+    A response that the reward skips (`on_error: skip`) is left out of the rollout, and of its group.
     The policy is left in eval mode: PPO compares log-probs, so dropout stays off until the next SFT step.
     """
     sampling = sampling or SamplingConfig()
-    examples = batch.examples if isinstance(batch, Batch) else tuple(batch)
+    asked = batch.examples if isinstance(batch, Batch) else tuple(batch)
+    examples = [example for example in asked for _ in range(samples_per_prompt)]
     start = time.perf_counter()
     prompt_ids, prompt_mask, responses = respond(
         policy, examples, tokenizer=tokenizer, sampling=sampling, generator=generator
     )
     generated = time.perf_counter()
-    texts = response_texts(tokenizer, responses)
+    hints = [e.prompt_ids[len(e.prompt_ids) - e.num_hint :] for e in examples]
+    texts = response_texts(tokenizer, responses, hints)
     prompts, targets = tuple(e.prompt for e in examples), tuple(e.target for e in examples)
     scores = reward.score(texts, targets, prompts, [e.item for e in examples])
     kept = _rows_with_a_score(scores, reward)
@@ -85,6 +89,7 @@ def collect(
         kl_coef=kl_coef,
         kl_kind=kl_kind,
         microbatch_size=microbatch_size,
+        group=torch.tensor([i // samples_per_prompt for i in kept], device=prompt_ids.device),
     )
     return replace(
         rollout,
@@ -134,9 +139,14 @@ def respond(
     return prompt_ids, prompt_mask, responses
 
 
-def response_texts(tokenizer: Any, responses: Responses) -> list[str]:
-    """What the rewards read: each response without padding and without special tokens."""
+def response_texts(tokenizer: Any, responses: Responses, hints: Sequence[Sequence[int]] | None = None) -> list[str]:
+    """What the rewards read: each response, behind its hint where hints are given, without padding and specials.
+
+    hints: ids, one list for each response, decoded together with it.
+    """
     rows = [ids[mask].tolist() for ids, mask in zip(responses.ids, responses.mask, strict=True)]
+    if hints is not None:
+        rows = [[*hint, *row] for hint, row in zip(hints, rows, strict=True)]
     return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
@@ -154,10 +164,12 @@ def assemble(
     kl_coef: float = 0.0,
     kl_kind: KLKind = "k1",
     microbatch_size: int | None = None,
+    group: Tensor | None = None,
 ) -> Rollout:
     """The rollout of responses that are already there: old log-probs, values, reference log-probs, KL, rewards.
 
     prompt_ids, prompt_mask: (B, P), left-padded.   scores: (B,), or (B, T) for a score per token.
+    group: (B,) int64, equal where the rows answer the same prompt; None: where their prompts have the same tokens.
     """
     policy.eval()
     input_ids = torch.cat([prompt_ids, responses.ids], 1)
@@ -189,8 +201,16 @@ def assemble(
         ended=responses.ended,
         ref_weight=tuple(reference.weight for reference in references),
         temperature=temperature,
+        group=prompt_groups(prompt_ids, prompt_mask) if group is None else group,
+        sampling_logprob=responses.logprob,
         **stats,
     )
+
+
+def prompt_groups(prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
+    """A number for each row, equal where the prompts have the same tokens, (B, P) -> (B,) int64."""
+    # -1 is no token: what fills the padding may be one.
+    return prompt_ids.masked_fill(~prompt_mask.bool(), -1).unique(dim=0, return_inverse=True)[1]
 
 
 def _scored(

@@ -1,6 +1,7 @@
 """Responses that the user generated: lists of id tensors and scores, as tensors that `assemble` takes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ def from_lists(
     scores: Sequence[float] | Sequence[Tensor] | Tensor,
     *,
     eos_ids: Sequence[int],
+    logprobs: Sequence[Tensor | Sequence[float]] | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor, Responses, Tensor]:
     """(prompt_ids (B, P), prompt_mask (B, P), responses, scores) for `assemble`.
@@ -27,8 +29,10 @@ def from_lists(
     queries, responses: one 1-D tensor or list of ids each, without padding; a response counts as ended where its
         last token is one of `eos_ids`.
     scores: a number for each response (also as (B, 1)), or for each a 1-D tensor with a score per token.
-    Raises InputError: lists of different lengths, an empty query or response, a score that is not finite, a
-        per-token score of another length than its response.
+    logprobs: for each response those of its tokens, as the engine that drew them gives them; what
+        `PPOConfig.importance` needs.
+    Raises InputError: lists of different lengths, an empty query or response, a score or log-prob that is not
+        finite, another number of them per token than the response has tokens.
     """
     if not len(queries) == len(responses) == len(scores) or not len(queries):
         raise InputError(
@@ -43,26 +47,42 @@ def from_lists(
     prompt_ids, prompt_mask = left_pad([ids.tolist() for ids in asked], pad_id=0)
     ids, mask = _right_pad([ids.cpu().long() for ids in answered])
     ended = torch.tensor([int(response[-1]) in eos_ids for response in answered])
-    score = _scores(scores, answered)
-    answers = Responses(ids.to(device), mask.to(device), ended.to(device))
+    score = _scores(_numbers("scores", scores), answered)
+    drawn = None
+    if logprobs is not None:
+        if len(logprobs) != len(answered):
+            raise InputError(f"step needs as many logprobs as responses, {len(answered)}, got {len(logprobs)}")
+        drawn = _per_token("logprobs", _numbers("logprobs", logprobs), answered).to(device)
+    answers = Responses(ids.to(device), mask.to(device), ended.to(device), drawn)
     return prompt_ids.to(device), prompt_mask.to(device), answers, score.to(device)
 
 
-def _scores(scores: Sequence[float] | Sequence[Tensor] | Tensor, responses: Sequence[Tensor]) -> Tensor:
+def _numbers(name: str, rows: Sequence[Any] | Tensor) -> list[Tensor]:
+    """Each row as a float32 tensor, all of them finite."""
+    tensors = [torch.as_tensor(row, dtype=torch.float32).detach().cpu() for row in rows]
+    for i, row in enumerate(tensors):
+        if not row.isfinite().all():
+            raise InputError(f"{name}[{i}] must be finite, got {row.tolist()}")
+    return tensors
+
+
+def _scores(scores: Sequence[Tensor], responses: Sequence[Tensor]) -> Tensor:
     """(B,), or (B, T) right-padded where the scores are per token."""
-    tensors = [torch.as_tensor(score, dtype=torch.float32).detach().cpu() for score in scores]
-    for i, score in enumerate(tensors):
-        if not score.isfinite().all():
-            raise InputError(f"scores[{i}] must be finite, got {score.tolist()}")
-    if all(score.numel() == 1 for score in tensors):
-        return torch.stack([score.reshape(()) for score in tensors])
-    for i, (score, response) in enumerate(zip(tensors, responses, strict=True)):
-        if score.shape != response.shape:
+    if all(score.numel() == 1 for score in scores):
+        return torch.stack([score.reshape(()) for score in scores])
+    return _per_token("scores", scores, responses)
+
+
+def _per_token(name: str, rows: Sequence[Tensor], responses: Sequence[Tensor]) -> Tensor:
+    """(B, T), right-padded."""
+    for i, (row, response) in enumerate(zip(rows, responses, strict=True)):
+        if row.shape != response.shape:
+            one = "one number or " if name == "scores" else ""
             raise InputError(
-                f"scores[{i}] must be one number or one per token of responses[{i}] {tuple(response.shape)}, "
-                f"got shape {tuple(score.shape)}"
+                f"{name}[{i}] must be {one}one per token of responses[{i}] {tuple(response.shape)}, "
+                f"got shape {tuple(row.shape)}"
             )
-    return _right_pad(tensors)[0]
+    return _right_pad(rows)[0]
 
 
 def _right_pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ class SamplingConfig:
 
     PPO's ratios use the softmax at `temperature` over the whole vocabulary. top_k, top_p and min_new_tokens draw
     from less than that, so with them the ratio is no longer that of the sampled distribution: they are off by
-    default.
+    default. `PPOConfig.importance` corrects for them.
     """
 
     max_new_tokens: int = 32
@@ -55,15 +55,19 @@ class SamplingConfig:
 @dataclass(frozen=True)
 class Responses:
     """ids: (B, T) int64, right-padded.   mask: (B, T) bool, up to and including the first EOS.
-    ended: (B,) bool, whether that EOS came."""
+    ended: (B,) bool, whether that EOS came.
+    logprob: (B, T) float32, of each token under the very distribution it was drawn from, 0 outside the mask; None
+        where that is not known."""
 
     ids: Tensor
     mask: Tensor
     ended: Tensor
+    logprob: Tensor | None = None
 
     def of(self, rows: Sequence[int]) -> "Responses":
         """Some of the rows."""
-        return Responses(self.ids[rows], self.mask[rows], self.ended[rows])
+        logprob = None if self.logprob is None else self.logprob[rows]
+        return Responses(self.ids[rows], self.mask[rows], self.ended[rows], logprob)
 
 
 @torch.no_grad()
@@ -90,26 +94,28 @@ def sample(
     running = torch.ones(len(prompt_ids), dtype=torch.bool, device=prompt_ids.device)
     ids: list[Tensor] = []
     masks: list[Tensor] = []
+    logprobs: list[Tensor] = []
     for position in range(config.max_new_tokens):
         logits, cache = backbone.next_logits(new, mask, cache)
         if position < config.min_new_tokens:
             logits[:, eos] = -torch.inf
-        token = _draw(logits, config, generator)
+        token, logprob = _draw(logits, config, generator)
         ids.append(torch.where(running, token, pad_id))
         masks.append(running)
+        logprobs.append(torch.where(running, logprob, 0.0))
         running = running & ~torch.isin(token, eos)
         if not running.any():
             break
         # A row that has ended goes on as attended padding: nothing reads what it computes.
         new = ids[-1].unsqueeze(1)
         mask = torch.cat([mask, torch.ones_like(new, dtype=torch.bool)], 1)
-    return Responses(torch.stack(ids, 1), torch.stack(masks, 1), ~running)
+    return Responses(torch.stack(ids, 1), torch.stack(masks, 1), ~running, torch.stack(logprobs, 1))
 
 
-def _draw(logits: Tensor, config: SamplingConfig, generator: torch.Generator | None) -> Tensor:
-    """One token a row, (B, V) -> (B,)."""
+def _draw(logits: Tensor, config: SamplingConfig, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """One token a row and its log-prob, (B, V) -> (B,) each; a greedy token is certain, its log-prob 0."""
     if config.temperature == 0:
-        return logits.argmax(-1)
+        return logits.argmax(-1), logits.new_zeros(len(logits))
     logits = logits / config.temperature
     if 0 < config.top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(config.top_k).values[:, -1:], -torch.inf)
@@ -119,4 +125,6 @@ def _draw(logits: Tensor, config: SamplingConfig, generator: torch.Generator | N
         # Keep a token while the ones before it hold less than top_p: the likeliest is always kept.
         outside = probs.cumsum(-1) - probs >= config.top_p
         logits = logits.masked_fill(outside.scatter(1, index, outside), -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+    probs = logits.softmax(-1)
+    token = torch.multinomial(probs, 1, generator=generator)
+    return token.squeeze(1), probs.gather(1, token).log().squeeze(1)

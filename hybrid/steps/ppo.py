@@ -1,16 +1,17 @@
 """The PPO step: a rollout in, a loss out. No optimizer in here."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from hybrid.core import Rollout
+from hybrid.core import InputError, Rollout
 from hybrid.functional import (
-    Aggregation,
+    group_advantage,
+    importance_weight,
     kl_estimate,
+    leave_one_out_advantage,
     loss_divisor,
     masked_mean,
     masked_sum,
@@ -21,79 +22,44 @@ from hybrid.functional import (
 )
 from hybrid.fused import gae
 from hybrid.models import Policy, before_response, response_stats
+from hybrid.steps.ppo_config import PPOConfig
 
-__all__ = ["Divisors", "PPOConfig", "minibatches", "ppo_batch_loss", "rollout_metrics", "with_advantages"]
-
-
-@dataclass(frozen=True)
-class PPOConfig:
-    """PPO steps: one rollout, then several passes over it."""
-
-    batch_size: int = 64  # prompts of one rollout
-    minibatch_size: int = 16  # responses of one optimizer step
-    microbatch_size: int | None = None  # rows of one forward and backward; None: the minibatch
-    epochs: int = 4  # passes over one rollout
-    lr_factor: float = 1.0  # on the optimizer's learning rate, in PPO steps
-    clip: float = 0.2  # ratio kept in [1 - clip, 1 + clip]
-    clip_high: float | None = None  # another upper range: [1 - clip, 1 + clip_high]
-    dual_clip: float | None = None  # c > 1: a negative advantage costs at most c times itself
-    aggregation: Aggregation = "token_mean"  # how the token losses of the rows are averaged
-    fixed_length: int | None = None  # tokens that aggregation "fixed_length" divides each row by
-    value_clip: float | None = 0.2  # value kept within this distance of its old value; None: not clipped
-    value_coef: float = 0.1
-    entropy_coef: float = 0.0
-    gamma: float = 1.0
-    lam: float = 0.95
-    whiten_advantage: bool = True
-    whiten_reward: bool = False  # unit variance, the mean kept
-    target_kl: float | None = None  # nats per token (approx_kl); stop the passes beyond it
-
-    @property
-    def num_updates(self) -> int:
-        """Optimizer steps that one rollout gives, where no early stop shortens it."""
-        return self.epochs * math.ceil(self.batch_size / self.minibatch_size)
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "minibatch_size", "epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"PPOConfig.{name} must be >= 1, got {getattr(self, name)}")
-        if self.minibatch_size > self.batch_size:
-            raise ValueError(
-                f"PPOConfig.minibatch_size must be at most batch_size = {self.batch_size}, got {self.minibatch_size}"
-            )
-        if self.microbatch_size is not None and not 1 <= self.microbatch_size <= self.minibatch_size:
-            raise ValueError(
-                f"PPOConfig.microbatch_size must lie in [1, minibatch_size = {self.minibatch_size}], "
-                f"got {self.microbatch_size}"
-            )
-        if (self.aggregation == "fixed_length") != (self.fixed_length is not None):
-            raise ValueError(
-                f"PPOConfig.fixed_length goes with aggregation 'fixed_length' and only with it, got "
-                f"{self.fixed_length} with {self.aggregation!r}"
-            )
-        if not 0 < self.clip < 1:
-            raise ValueError(f"PPOConfig.clip must lie in (0, 1), got {self.clip}")
-        for name in ("clip_high", "value_clip", "target_kl"):
-            number = getattr(self, name)
-            if number is not None and not number > 0:
-                raise ValueError(f"PPOConfig.{name} must be > 0, got {number}")
-        if self.dual_clip is not None and not self.dual_clip > 1:
-            raise ValueError(f"PPOConfig.dual_clip must be > 1, got {self.dual_clip}")
-        for name in ("lr_factor", "value_coef", "entropy_coef"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"PPOConfig.{name} must be >= 0, got {getattr(self, name)}")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"PPOConfig.{name} must lie in [0, 1], got {getattr(self, name)}")
+__all__ = ["Divisors", "minibatches", "ppo_batch_loss", "rollout_metrics", "with_advantages"]
 
 
 def with_advantages(rollout: Rollout, config: PPOConfig) -> Rollout:
-    """The rollout with `advantage` (whitened as configured) and `return_` (before whitening)."""
-    reward = masked_whiten(rollout.reward, rollout.mask, False) if config.whiten_reward else rollout.reward
-    advantage, return_ = gae(reward, rollout.old_value, rollout.mask, gamma=config.gamma, lam=config.lam)
-    if config.whiten_advantage:
-        advantage = masked_whiten(advantage, rollout.mask)
+    """The rollout with `advantage` (whitened as configured) and, from a critic, `return_` (before whitening).
+
+    Raises InputError where responses are to be compared within their group and no two are of the same.
+    """
+    reward, mask, return_ = rollout.reward, rollout.mask, None
+    if config.whiten_reward:
+        reward = masked_whiten(reward, mask, False)
+    if config.advantage == "gae":
+        advantage, return_ = gae(reward, rollout.old_value, mask, gamma=config.gamma, lam=config.lam)
+    elif config.advantage == "reinforce++":
+        # What GAE is without a critic: the discounted rewards to come.
+        advantage, _ = gae(reward, torch.zeros_like(reward), mask, gamma=config.gamma, lam=1.0)
+    else:
+        advantage = _against_the_group(rollout, config).unsqueeze(1).expand_as(mask).masked_fill(~mask, 0.0)
+    whiten = config.is_per_token if config.whiten_advantage is None else config.whiten_advantage
+    if whiten:
+        advantage = masked_whiten(advantage, mask)
     return replace(rollout, advantage=advantage, return_=return_)
+
+
+def _against_the_group(rollout: Rollout, config: PPOConfig) -> Tensor:
+    """Each response's whole reward against the others of its prompt, (B,)."""
+    group = rollout.group
+    if group is None or len(group.unique()) == len(group) > 1:
+        raise InputError(
+            f"ppo.advantage {config.advantage!r} compares the responses to one prompt, and no two of the "
+            f"{len(rollout)} in this rollout answer the same; give each prompt several, or set ppo.advantage=gae"
+        )
+    reward = masked_sum(rollout.reward, rollout.mask, 1)
+    if config.advantage == "leave_one_out":
+        return leave_one_out_advantage(reward, group)
+    return group_advantage(reward, group, scale_by_std=config.advantage == "group")
 
 
 def minibatches(num_rows: int, config: PPOConfig, generator: torch.Generator | None = None) -> Iterator[Tensor]:
@@ -137,15 +103,16 @@ def ppo_batch_loss(
 
         loss = policy_loss + value_coef * value_loss - entropy_coef * entropy + kl_loss_coef * kl
 
+    The value loss is there where the advantage has a critic; without, the value head gets no gradient.
     kl_loss_coef: the weight of the KL to the references as a loss, of kind k2 or k3; 0 where it is in the
         reward.
     divisors: those of the whole optimizer step, where these rows are a part of it.
     Returns `(loss, metrics)`. Metrics ending in `loss` add up over the parts; the others are token means
     (ratio_max a maximum).
     """
-    if rollout.advantage is None or rollout.return_ is None:
+    if rollout.advantage is None or (config.has_critic and rollout.return_ is None):
         raise ValueError("ppo_batch_loss: the rollout has no advantages; call with_advantages(rollout, config) first")
-    mask, length = rollout.mask, rollout.mask.shape[1]
+    mask = rollout.mask
     divisors = divisors or Divisors.of(rollout, config)
     out = policy(rollout.input_ids, rollout.attention_mask)
     # The entropy's gradient costs a pass over the vocabulary: asked for only where it enters the loss.
@@ -154,6 +121,7 @@ def ppo_batch_loss(
         policy.backbone, out.hidden, rollout.input_ids, mask, temperature=rollout.temperature, want=want
     )
     assert stats.logprob is not None
+    weight, weight_metrics = _importance_weight(rollout, config)
     policy_term, policy_metrics = policy_loss(
         stats.logprob,
         rollout.old_logprob,
@@ -162,29 +130,56 @@ def ppo_batch_loss(
         clip=config.clip,
         clip_high=config.clip_high,
         dual_clip=config.dual_clip,
+        surrogate=config.surrogate,
+        weight=weight,
         aggregation=config.aggregation,
         fixed_length=config.fixed_length,
         num_tokens=divisors.policy,
     )
-    value = before_response(out.value, length)
-    value_term, value_metrics = value_loss(
-        value, rollout.old_value, rollout.return_, mask, clip=config.value_clip, num_tokens=divisors.tokens
-    )
-    loss = policy_term + config.value_coef * value_term
-    if stats.entropy is not None:
-        loss = loss - config.entropy_coef * masked_sum(stats.entropy, mask) / max(divisors.tokens, 1)
+    loss = policy_term
     metrics = {
         "policy_loss": policy_term.detach(),
-        "value_loss": value_term.detach(),
         "policy_clip_fraction": policy_metrics.pop("clip_fraction"),
-        "value_clip_fraction": value_metrics["clip_fraction"],
         **policy_metrics,
+        **weight_metrics,
     }
+    if config.has_critic:
+        value_term, metrics["value_clip_fraction"] = _value_term(out.value, rollout, config, divisors)
+        loss = loss + config.value_coef * value_term
+        metrics["value_loss"] = value_term.detach()
+    if stats.entropy is not None:
+        loss = loss - config.entropy_coef * masked_sum(stats.entropy, mask) / max(divisors.tokens, 1)
     if kl_loss_coef:
         kl_term = _kl_to_references(stats.logprob, rollout, kl_kind) / max(divisors.tokens, 1)
         loss = loss + kl_loss_coef * kl_term
         metrics["kl_loss"] = kl_term.detach()
     return loss, metrics
+
+
+def _value_term(value: Tensor, rollout: Rollout, config: PPOConfig, divisors: Divisors) -> tuple[Tensor, Tensor]:
+    """(the value loss, the share of clipped values); value: (B, P+T)."""
+    assert rollout.return_ is not None
+    mask = rollout.mask
+    term, metrics = value_loss(
+        before_response(value, mask.shape[1]), rollout.old_value, rollout.return_, mask,
+        clip=config.value_clip, num_tokens=divisors.tokens,
+    )  # fmt: skip
+    return term, metrics["clip_fraction"]
+
+
+def _importance_weight(rollout: Rollout, config: PPOConfig) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """(the tokens' weights, or None; what there is to log of them)."""
+    if config.importance is None:
+        return None, {}
+    if rollout.sampling_logprob is None:
+        raise InputError(
+            f"ppo.importance {config.importance!r} needs the log-probs that the responses were drawn with, and this "
+            f"rollout has no sampling_logprob; give step(logprobs=...), or set ppo.importance=null"
+        )
+    return importance_weight(
+        rollout.old_logprob, rollout.sampling_logprob, rollout.mask,
+        level=config.importance, mode=config.importance_mode, cap=config.importance_cap,
+    )  # fmt: skip
 
 
 def _kl_to_references(logprob: Tensor, rollout: Rollout, kind: str) -> Tensor:
@@ -199,22 +194,24 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     """What a rollout with advantages says before any update: rewards, KL, entropy, values, lengths.
 
     reward is the reward function's score, before shaping and KL.   kl: nats per response.   entropy: nats per
-    token.   value_error: mean squared error of the values against the returns.
+    token.   value_error: mean squared error of the values against the returns, which only a critic has.
     """
-    assert rollout.return_ is not None
     mask, score = rollout.mask, rollout.score
-    half_error, value_metrics = value_loss(rollout.old_value, rollout.old_value, rollout.return_, mask, clip=None)
     metrics = {
         "reward": score.mean(),
         "reward_std": score.std(unbiased=len(score) > 1),
         "kl": masked_sum(rollout.kl, mask, 1).mean(),
         "entropy": masked_mean(rollout.entropy, mask),
-        "return_mean": masked_mean(rollout.return_, mask),
-        "return_var": masked_var(rollout.return_, mask),
-        "value_mean": masked_mean(rollout.old_value, mask),
-        "value_error": 2 * half_error,
-        "explained_variance": value_metrics["explained_variance"],
         "response_length": mask.sum(1).float().mean(),
         "eos_share": rollout.ended.float().mean(),
     }
+    if rollout.return_ is not None:
+        half_error, value_metrics = value_loss(rollout.old_value, rollout.old_value, rollout.return_, mask, clip=None)
+        metrics |= {
+            "return_mean": masked_mean(rollout.return_, mask),
+            "return_var": masked_var(rollout.return_, mask),
+            "value_mean": masked_mean(rollout.old_value, mask),
+            "value_error": 2 * half_error,
+            "explained_variance": value_metrics["explained_variance"],
+        }
     return {name: float(x) for name, x in metrics.items()} | dict(rollout.reward_metrics)

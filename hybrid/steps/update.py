@@ -1,21 +1,19 @@
-"""One optimizer step out of several microbatches, with the phase's learning rate."""
+"""One optimizer step out of several terms, with the phase's learning rate; none where it is not finite."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.amp import GradScaler
 
-from hybrid.core import Batch, Rollout
+from hybrid.steps.accumulate import Term, accumulate
 
-__all__ = ["GradientConfig", "Loss", "Rows", "Term", "over_updates", "scaled_lr", "split", "update"]
-
-Rows = TypeVar("Rows", Batch, Rollout)
-Loss = tuple[Tensor, dict[str, Tensor]]
+__all__ = ["GradientConfig", "over_updates", "scaled_lr", "update"]
 
 
 @dataclass(frozen=True)
@@ -23,35 +21,13 @@ class GradientConfig:
     """What is done to the gradient of an optimizer step, in both phases."""
 
     max_norm: float = 1.0  # scaled down to this norm where it is longer
-    max_skipped: int = 5  # stop the run after so many steps in a row whose loss or gradient is not finite
+    max_skipped: int = 5  # stop the run after so many updates in a row whose loss or gradient is not finite
 
     def __post_init__(self) -> None:
         if not self.max_norm > 0:
             raise ValueError(f"GradientConfig.max_norm must be > 0, got {self.max_norm}")
         if self.max_skipped < 1:
             raise ValueError(f"GradientConfig.max_skipped must be >= 1, got {self.max_skipped}")
-
-
-def split(rows: Rows, size: int | None) -> list[Rows]:
-    """Microbatches of at most `size` rows; None: all rows in one."""
-    size = size or len(rows)
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-@dataclass(frozen=True)
-class Term(Generic[Rows]):
-    """One summand of an update's loss: these rows, under this loss.
-
-    loss_of: rows -> (loss, metrics), for the rows and for any part of them. The loss is already divided by the
-        count of the WHOLE update, so that the losses of parts, and their gradients, simply add up.
-    coef: the factor of the loss.   microbatch_size: rows of one forward and backward; None: all.
-    """
-
-    name: str
-    rows: Rows
-    loss_of: Callable[[Rows], Loss]
-    coef: float = 1.0
-    microbatch_size: int | None = None
 
 
 def update(
@@ -61,58 +37,60 @@ def update(
     *,
     max_grad_norm: float = 1.0,
     lr_factor: float = 1.0,
+    scaler: GradScaler | None = None,
+    row_limits: dict[str, int] | None = None,
 ) -> dict[str, float]:
     """Accumulate the gradients of all terms, clip their norm, and step the optimizer once.
 
         loss = sum over terms of coef * loss_of(rows)
 
-    Returns the step's metrics. Within a term losses are added, `_max` is the maximum, the rest a mean weighted by
-    tokens. Then loss (the sum; of several terms also each one's, as NAME_loss), grad_norm (before clipping), lr (of
-    the first group), and skipped: 1.0 where the loss or the gradient was not finite, in which case no weight has
-    changed.
+    scaler: of float16's losses; None: no scaling.   row_limits: see `accumulate`, which may lower them.
+    Returns the terms' metrics, then loss (the sum; of several terms also each one's, as NAME_loss), grad_norm (before
+    clipping), lr (of the first group), and skipped: 1.0 where the loss or the gradient was not finite, in which case
+    no weight and no state of the optimizer has changed. With a scaler also loss_scale, and overflow: 1.0 where the
+    gradient alone was not finite and the scale has been halved for it, which float16 needs now and then.
     """
-    optimizer.zero_grad(set_to_none=True)
+    scaler = scaler or GradScaler(enabled=False)
+    merged = accumulate(optimizer, terms, scaler, {} if row_limits is None else row_limits)
     metrics: dict[str, float] = {}
-    total = 0.0
-    for term in terms:
-        merged = _accumulate(term)
-        total += term.coef * merged["loss"]
+    for term, of_term in zip(terms, merged, strict=True):
         if len(terms) > 1:
-            metrics[f"{term.name}_loss"] = merged["loss"]
-        metrics |= merged
+            metrics[f"{term.name}_loss"] = of_term["loss"]
+        metrics |= of_term
+    loss = sum(term.coef * of_term["loss"] for term, of_term in zip(terms, merged, strict=True))
+    scaler.unscale_(optimizer)
     grad_norm = float(nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm))
-    finite = math.isfinite(grad_norm) and math.isfinite(total)
+    finite = math.isfinite(grad_norm) and math.isfinite(loss)
     with scaled_lr(optimizer, lr_factor):
         lr = optimizer.param_groups[0]["lr"]
         if finite:
             optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {**metrics, "loss": total, "grad_norm": grad_norm, "lr": lr, "skipped": float(not finite)}
-
-
-def _accumulate(term: Term[Any]) -> dict[str, float]:
-    """Add the term's gradient to what is there, microbatch by microbatch. Returns its merged metrics."""
-    parts: list[tuple[int, dict[str, Tensor]]] = []
-    for microbatch in split(term.rows, term.microbatch_size):
-        loss, metrics = term.loss_of(microbatch)
-        (term.coef * loss).backward()
-        parts.append((microbatch.num_tokens, {"loss": loss.detach(), **metrics}))
-    return _merged(parts)
+    if scaler.is_enabled():
+        scale = scaler.get_scale()
+        overflow = not finite and math.isfinite(loss) and scale > 1
+        # What is no overflow is no smaller scale's to mend, and leaves it alone.
+        scaler.update(None if finite or overflow else scale)
+        metrics |= {"loss_scale": scale, "overflow": float(overflow)}
+    return {**metrics, "loss": loss, "grad_norm": grad_norm, "lr": lr, "skipped": float(not finite)}
 
 
 def over_updates(steps: Sequence[dict[str, float]]) -> dict[str, float]:
     """The metrics of several updates as one: means, the maximum for `_max`, and `skipped_updates`, their number.
 
-    Of no update at all, none.
+    Skipped ones count for nothing else, unless all were. Of no update at all, none.
     """
     if not steps:
         return {}
+    made = [step for step in steps if not step["skipped"]] or steps
     merged = {
-        name: max(step[name] for step in steps) if name.endswith("_max") else fmean(step[name] for step in steps)
-        for name in steps[0]
+        name: max(step[name] for step in made) if name.endswith("_max") else fmean(step[name] for step in made)
+        for name in made[0]
     }
     merged["skipped_updates"] = sum(step["skipped"] for step in steps)
     del merged["skipped"]
+    if "overflow" in merged:
+        merged["overflow"] = sum(step["overflow"] for step in steps)
     return merged
 
 
@@ -128,16 +106,3 @@ def scaled_lr(optimizer: torch.optim.Optimizer, factor: float) -> Iterator[None]
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
-
-def _merged(parts: list[tuple[int, dict[str, Tensor]]]) -> dict[str, float]:
-    total = max(sum(count for count, _ in parts), 1)
-    merged = {}
-    for name in parts[0][1]:
-        values = [float(metrics[name]) for _, metrics in parts]
-        if name.endswith("loss"):
-            merged[name] = sum(values)
-        elif name.endswith("_max"):
-            merged[name] = max(values)
-        else:
-            merged[name] = sum(count * x for (count, _), x in zip(parts, values, strict=True)) / total
-    return merged

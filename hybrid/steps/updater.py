@@ -1,22 +1,28 @@
 """The one optimizer of both phases, its scheduler, and the watch over steps that had to be skipped."""
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from hybrid.core import unknown_name
+from hybrid.core import RunStopped, unknown_name
 from hybrid.optim import optimizer_from, scheduler_from
-from hybrid.steps.update import GradientConfig, Term, update
+from hybrid.steps.accumulate import Term
+from hybrid.steps.precision import Precision, grad_scaler
+from hybrid.steps.update import GradientConfig, update
 
 __all__ = ["Updater"]
 
 
 class Updater:
-    """Makes optimizer steps. Owns the optimizer and the scheduler, and steps the two together.
+    """Makes optimizer steps. Owns the optimizer, the scheduler and float16's scaler, and steps them together.
 
     optimizer, scheduler: config sections.   num_updates: optimizer steps of the run, None where not known.
+    precision: what the terms compute in.
+    on_skip: called with the terms and the metrics of an update that was skipped because it was not finite.
+    row_limits: see `accumulate`; what the memory was found to allow holds for the rest of the run.
     """
 
     def __init__(
@@ -27,9 +33,13 @@ class Updater:
         gradient: GradientConfig,
         *,
         num_updates: int | None = None,
+        precision: Precision = "float32",
     ):
         self.module, self.gradient = module, gradient
         self.optimizer = optimizer_from(module, optimizer)
+        self.scaler = grad_scaler(precision, next(module.parameters()).device)
+        self.row_limits: dict[str, int] = {}
+        self.on_skip: Callable[[Sequence[Term[Any]], Mapping[str, float]], None] | None = None
         self.num_updates = num_updates
         self.skipped_in_a_row = 0
         self._section = scheduler
@@ -48,22 +58,37 @@ class Updater:
     def __call__(self, terms: Sequence[Term[Any]], *, lr_factor: float = 1.0) -> dict[str, float]:
         """One optimizer step and one of the scheduler; see `update` for the metrics.
 
-        Raises FloatingPointError after `gradient.max_skipped` steps in a row that were not finite.
+        The scheduler counts skipped steps too, so that it ends where the run does.
+        Raises RunStopped after `gradient.max_skipped` in a row that were not finite; float16's overflows, which a
+        smaller scale mends, are not counted.
         """
         scheduler = self.scheduler  # before the step: it sets the first rate
         metrics = update(
-            self.module, self.optimizer, terms, max_grad_norm=self.gradient.max_norm, lr_factor=lr_factor
+            self.module, self.optimizer, terms, max_grad_norm=self.gradient.max_norm, lr_factor=lr_factor,
+            scaler=self.scaler, row_limits=self.row_limits,
         )  # fmt: skip
         if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step()
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics["skipped"] else 0
+            with warnings.catch_warnings():
+                # torch's guess at a wrong order, where the run's first update was skipped.
+                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+                scheduler.step()
+        if not metrics["skipped"]:
+            self.skipped_in_a_row = 0
+        elif not metrics.get("overflow"):
+            self._count_skipped(terms, metrics)
+        return metrics
+
+    def _count_skipped(self, terms: Sequence[Term[Any]], metrics: Mapping[str, float]) -> None:
+        self.skipped_in_a_row += 1
+        if self.on_skip is not None:
+            self.on_skip(terms, metrics)
         if self.skipped_in_a_row >= self.gradient.max_skipped:
-            raise FloatingPointError(
+            wide = ", set model.precision=bfloat16" if self.scaler.is_enabled() else ""
+            raise RunStopped(
                 f"{self.skipped_in_a_row} updates in a row had a loss or gradient that is not finite "
                 f"(the last: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}); no weight was changed "
-                "by them. Lower optimizer.lr, or look at the rewards"
+                f"by them. Lower optimizer.lr{wide}, or look at the rewards"
             )
-        return metrics
 
     def evaluated(self, metrics: Mapping[str, float], watched: str) -> None:
         """Tell a scheduler that waits for a plateau what the evaluation found."""
@@ -80,11 +105,15 @@ class Updater:
             "scheduler": None if scheduler is None else scheduler.state_dict(),
             "num_updates": self.num_updates,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "scaler": self.scaler.state_dict(),
+            "row_limits": dict(self.row_limits),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         self.num_updates, self.skipped_in_a_row = state["num_updates"], state["skipped_in_a_row"]
+        self.row_limits = dict(state["row_limits"])
+        self.scaler.load_state_dict(state["scaler"])
         self._made.clear()
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])

@@ -1,11 +1,11 @@
-"""Generalized advantage estimates, against the definition written as loops over python floats."""
+"""Advantages against a critic and within a group, against their definitions as loops over python floats."""
 
 import math
 
 import pytest
 import torch
 
-from hybrid.functional import gae
+from hybrid.functional import gae, group_advantage, leave_one_out_advantage
 
 # float64, rewards and values of order 1, at most 257 terms: rounding stays far below this.
 TIGHT = 1e-10
@@ -212,3 +212,101 @@ def test_different_shapes_are_refused(wrong):
 def test_gamma_and_lambda_outside_zero_to_one_are_refused(name, number):
     with pytest.raises(ValueError, match=name):
         gae(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2), **{name: number})
+
+
+WITHIN_GROUPS = {
+    "group": group_advantage,
+    "group mean": lambda score, group: group_advantage(score, group, scale_by_std=False),
+    "leave one out": leave_one_out_advantage,
+}
+each_within = pytest.mark.parametrize("name", WITHIN_GROUPS)
+# Ids that are no range, out of order, groups of 3, 2, 4 and 1.
+GROUP = torch.tensor([7, -2, 7, 40, -2, 40, 7, 40, 5, 40])
+
+
+def scores(seed=0):
+    return torch.randn(len(GROUP), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def within_groups_by_loop(name, score, group):
+    advantage = []
+    for i, mine in enumerate(score):
+        others = [score[j] for j in range(len(score)) if group[j] == group[i] and j != i]
+        if not others:
+            advantage.append(0.0)
+        elif name == "leave one out":
+            advantage.append(mine - math.fsum(others) / len(others))
+        else:
+            mean = math.fsum([mine, *others]) / (len(others) + 1)
+            std = math.sqrt(math.fsum((x - mean) ** 2 for x in [mine, *others]) / len(others))
+            advantage.append((mine - mean) / (std + 1e-4) if name == "group" else mine - mean)
+    return torch.tensor(advantage, dtype=torch.float64)
+
+
+@each_within
+@pytest.mark.parametrize("seed", range(3))
+def test_advantages_within_ragged_groups_equal_a_loop(name, seed):
+    expected = within_groups_by_loop(name, scores(seed).tolist(), GROUP.tolist())
+    torch.testing.assert_close(WITHIN_GROUPS[name](scores(seed), GROUP), expected, rtol=0, atol=TIGHT)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    # Scores 1, 2, 6: mean 3, unbiased variance (4 + 1 + 9) / 2 = 7; the others' means are 4, 3.5 and 1.5.
+    [
+        ("group", [x / (math.sqrt(7) + 1e-4) for x in (-2.0, -1.0, 3.0)]),
+        ("group mean", [-2.0, -1.0, 3.0]),
+        ("leave one out", [-3.0, -1.5, 4.5]),
+    ],
+)
+def test_advantages_within_a_group_of_three_by_hand(name, expected):
+    advantage = WITHIN_GROUPS[name](torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64), torch.zeros(3).long())
+    assert advantage.tolist() == pytest.approx(expected, abs=TIGHT)
+
+
+@each_within
+def test_advantages_of_every_group_add_up_to_zero(name):
+    sums = torch.zeros(41, dtype=torch.float64).index_add_(0, GROUP.clamp(min=0), WITHIN_GROUPS[name](scores(), GROUP))
+    torch.testing.assert_close(sums, torch.zeros_like(sums), rtol=0, atol=TIGHT)
+
+
+@each_within
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 10])
+def test_equal_scores_have_no_advantage_whatever_their_rounding(name, size):
+    # 0.1 in float32: a mean that is one rounding off, divided by a spread of as little, would be an advantage of 1.
+    advantage = WITHIN_GROUPS[name](torch.full((size,), 0.1), torch.zeros(size).long())
+    assert (advantage == 0).all()
+
+
+@each_within
+def test_the_order_of_the_rows_changes_no_advantage_within_groups(name):
+    order = torch.randperm(len(GROUP), generator=torch.Generator().manual_seed(0))
+    whole = WITHIN_GROUPS[name](scores(), GROUP)
+    torch.testing.assert_close(WITHIN_GROUPS[name](scores()[order], GROUP[order]), whole[order], rtol=0, atol=TIGHT)
+
+
+@each_within
+def test_groups_do_not_see_each_other(name):
+    score = scores()
+    poisoned = WITHIN_GROUPS[name](score.masked_fill(GROUP == 40, math.nan), GROUP)
+    assert torch.equal(poisoned[GROUP != 40], WITHIN_GROUPS[name](score, GROUP)[GROUP != 40])
+
+
+@each_within
+@pytest.mark.parametrize(
+    ("given", "returned"),
+    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
+)
+def test_advantages_within_groups_are_float64_for_float64_and_float32_for_the_rest(name, given, returned):
+    assert WITHIN_GROUPS[name](scores().to(given), GROUP).dtype == returned
+
+
+@each_within
+def test_no_gradient_flows_through_advantages_within_groups(name):
+    assert not WITHIN_GROUPS[name](scores().requires_grad_(), GROUP).requires_grad
+
+
+@each_within
+def test_a_group_for_every_score_is_demanded(name):
+    with pytest.raises(ValueError, match=r"group \(3,\)"):
+        WITHIN_GROUPS[name](torch.zeros(4), torch.zeros(3).long())

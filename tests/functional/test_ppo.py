@@ -41,6 +41,8 @@ def value_case(seed=0, dtype=torch.float64):
 LOSSES = {
     "policy": (lambda *x, **kw: policy_loss(*x, **kw), policy_case),
     "policy with dual clip": (lambda *x, **kw: policy_loss(*x, dual_clip=1.3, clip_high=0.4, **kw), policy_case),
+    "policy without clip": (lambda *x, **kw: policy_loss(*x, clip=None, **kw), policy_case),
+    "cispo": (lambda *x, **kw: policy_loss(*x, surrogate="cispo", **kw), policy_case),
     "value": (lambda *x, **kw: value_loss(*x, **kw), value_case),
     "value without clip": (lambda *x, **kw: value_loss(*x, clip=None, **kw), value_case),
 }
@@ -137,7 +139,8 @@ def test_padding_on_either_side_changes_nothing(name, left, right):
     assert loss.item() == pytest.approx(loss_of(*case(), MASK)[0].item(), abs=TIGHT)
 
 
-@each_loss
+# Of cispo the numerical gradient sees the ratio move, which its gradient holds constant by design.
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "cispo"])
 def test_gradients_pass_gradcheck(name):
     loss_of, case = LOSSES[name]
     first, *rest = case()

@@ -135,6 +135,53 @@ def test_a_rollout_whose_responses_are_all_skipped_is_an_error(policy, tokenizer
         collect(policy, [], scores_in_turn(None, None, None), examples(), tokenizer=tokenizer)
 
 
+def test_a_skipped_response_leaves_its_group_smaller(policy, tokenizer):
+    reward = scores_in_turn(1.0, None, 3.0, 4.0, None, None)
+    rollout = collect(policy, [], reward, examples(), tokenizer=tokenizer, samples_per_prompt=2)
+    assert rollout.group.tolist() == [0, 1, 1]
+    assert rollout.score.tolist() == [1.0, 3.0, 4.0]
+
+
+def test_every_prompt_is_answered_as_often_as_asked(policy, tokenizer):
+    rollout = rolled(policy, [], tokenizer, samples_per_prompt=3)
+    assert rollout.prompts == ("prompt 0",) * 3 + ("prompt 1",) * 3 + ("prompt 2",) * 3
+    assert rollout.group.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert len(set(rollout.responses)) > 3
+
+
+def test_group_and_sampling_log_probs_go_with_their_rows_and_device(policy, tokenizer):
+    rollout = rolled(policy, [], tokenizer, samples_per_prompt=2)
+    rows = torch.tensor([5, 0, 3])
+    assert rollout[rows].group.tolist() == [2, 0, 1]
+    assert torch.equal(rollout[rows].sampling_logprob, rollout.sampling_logprob[rows])
+    moved = rollout.to("meta")
+    assert moved.group.is_meta
+    assert moved.sampling_logprob.is_meta
+
+
+def test_log_probs_of_plain_sampling_are_the_old_ones(policy, tokenizer):
+    rollout = rolled(policy, [], tokenizer, sampling=SamplingConfig(max_new_tokens=24, temperature=0.7))
+    assert rollout.mask.sum() > 20
+    torch.testing.assert_close(rollout.sampling_logprob, rollout.old_logprob, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("restricted", [{"top_k": 3}, {"top_p": 0.5}])
+def test_log_probs_of_restricted_sampling_are_larger_than_the_old_ones(policy, tokenizer, restricted):
+    rollout = rolled(policy, [], tokenizer, sampling=SamplingConfig(max_new_tokens=24, temperature=1.3, **restricted))
+    assert (rollout.sampling_logprob > rollout.old_logprob)[rollout.mask].all()
+
+
+def test_the_reward_reads_a_hint_together_with_the_response(policy, tokenizer):
+    seen = []
+    reward = make_reward(lambda response: seen.append(response) or 0.0)
+    prompt = tuple(tokenizer.convert_tokens_to_ids(["the", "good", "sad"]))
+    hinted = [Encoded(prompt, (-100,) * 3, prompt, "the", "good sad happy", {}, num_hint=n) for n in (0, 2)]
+    rollout = collect(policy, [], reward, hinted, tokenizer=tokenizer, sampling=SamplingConfig(max_new_tokens=4))
+    own = tokenizer.batch_decode([ids[3:][m] for ids, m in zip(rollout.input_ids, rollout.mask, strict=True)])
+    assert seen == list(rollout.responses)
+    assert (seen[0], seen[1]) == (own[0], f"good sad {own[1]}")
+
+
 def test_the_reward_sees_response_target_prompt_and_row(policy, tokenizer):
     seen = []
 
@@ -186,6 +233,36 @@ def test_the_penalty_of_per_token_scores_falls_on_the_last_token():
     _, mask, ended = score_cases()
     shaped = shaped_score(torch.ones(2, 3) * mask, mask, ended, ScoreConfig(missing_eos_penalty=2.0))
     assert shaped.tolist() == [[1, 1, 0], [1, 1, -1]]
+
+
+def test_rows_with_the_same_query_are_one_group_whatever_their_padding(policy):
+    # 0 is what the padding is filled with, and may be a token.
+    given = from_lists([[5, 6], [0, 5], [5], [5, 6], [5]], [[7]] * 5, [1.0] * 5, eos_ids=[2])
+    group = assemble(policy, [], *given).group.tolist()
+    assert (group[0] == group[3], group[2] == group[4], len(set(group))) == (True, True, 3)
+
+
+def test_log_probs_that_are_given_stand_beside_their_tokens(policy):
+    drawn = [[-1.0, -2.0], torch.tensor([-3.0])]
+    given = from_lists([[5], [6]], [[7, 8], [9]], [1.0, 2.0], eos_ids=[2], logprobs=drawn)
+    assert assemble(policy, [], *given).sampling_logprob.tolist() == [[-1.0, -2.0], [-3.0, 0.0]]
+
+
+def test_without_given_log_probs_a_rollout_knows_none(policy):
+    assert assemble(policy, [], *from_lists([[5]], [[7]], [1.0], eos_ids=[2])).sampling_logprob is None
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "message"),
+    [
+        ([[-1.0]], "as many logprobs as responses, 2, got 1"),
+        ([[-1.0], [-1.0]], r"logprobs\[0\] must be one per token of responses\[0\] \(2,\)"),
+        ([[-1.0, float("-inf")], [-1.0]], r"logprobs\[0\] must be finite"),
+    ],
+)
+def test_log_probs_that_do_not_fit_are_refused(logprobs, message):
+    with pytest.raises(InputError, match=message):
+        from_lists([[5], [6]], [[7, 8], [9]], [1.0, 2.0], eos_ids=[2], logprobs=logprobs)
 
 
 def test_lists_of_responses_give_the_same_rollout_as_collect(policy, other, tokenizer):

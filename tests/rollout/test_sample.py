@@ -98,6 +98,28 @@ def test_the_same_seed_draws_the_same_responses(backbone):
     assert torch.equal(first.ids, second.ids)
 
 
+def test_the_log_prob_of_a_token_is_that_of_what_it_was_drawn_from(backbone):
+    answer = draw(backbone, [[5, 6]] * 8, max_new_tokens=1, min_new_tokens=1, temperature=1.5, top_k=4, top_p=0.9)
+    with torch.no_grad():
+        logits = backbone.model(torch.tensor([[5, 6]])).logits[0, -1].double() / 1.5
+    logits[EOS] = -torch.inf
+    kept, index = logits.topk(4)
+    before = kept.softmax(0).cumsum(0) - kept.softmax(0)
+    expected = torch.full_like(logits, -torch.inf).index_copy(0, index, kept.masked_fill(before >= 0.9, -torch.inf))
+    expected = expected.log_softmax(0)[answer.ids[:, 0]]
+    torch.testing.assert_close(answer.logprob[:, 0].double(), expected, atol=1e-5, rtol=0)  # float32
+
+
+def test_log_probs_are_zero_outside_the_mask_and_negative_inside(backbone):
+    answer = draw(backbone, [[5], [6], [7], [8]] * 8, max_new_tokens=60, temperature=3.0, pad_id=9)
+    assert not answer.mask.all()
+    assert torch.equal(answer.logprob < 0, answer.mask)
+
+
+def test_a_greedy_token_is_certain(backbone):
+    assert (draw(backbone, [[5, 6]], max_new_tokens=4, temperature=0.0).logprob == 0).all()
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("max_new_tokens", 0), ("min_new_tokens", 33), ("temperature", -1.0), ("top_k", -1), ("top_p", 0.0)],

@@ -160,16 +160,3 @@ def test_statistics_of_a_rollout_leave_the_padding_out(rollout):
     assert metrics["explained_variance"] == pytest.approx(
         1 - (errors.var() / done.return_[rollout.mask].var()).item(), rel=1e-4
     )
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("batch_size", 0), ("minibatch_size", 65), ("microbatch_size", 17), ("epochs", 0), ("clip", 1.0),
-        ("clip_high", 0.0), ("dual_clip", 1.0), ("value_clip", -0.1), ("value_coef", -1.0), ("entropy_coef", -1.0),
-        ("gamma", 1.1), ("lam", -0.1), ("target_kl", 0.0), ("lr_factor", -1.0), ("fixed_length", 5),
-    ],
-)  # fmt: skip
-def test_a_value_out_of_range_is_refused_by_name(field, value):
-    with pytest.raises(ValueError, match=f"PPOConfig.{field}"):
-        PPOConfig(**{field: value})

@@ -1,0 +1,170 @@
+"""A trained model as others take it: a plain transformers folder with a model card, ready for the Hugging Face Hub."""
+
+import re
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from hybrid.config import HybridConfig
+from hybrid.core import InputError
+from hybrid.data import prompt_text
+from hybrid.models import VALUE_HEAD_FILE, Policy
+from hybrid.resume import trained_config
+from hybrid.run import CHECKPOINTS, CONFIG, EXPORT, Checkpoints, Summary, filled_folder, summary
+from hybrid.run.report import rows_of
+from hybrid.setup import build_policy, load_tokenizer
+
+__all__ = ["export", "export_policy", "export_run", "model_card"]
+
+CARD = "README.md"
+PACKAGES = ("hybrid-trainer", "torch", "transformers", "peft", "bitsandbytes")
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.\[\]%-]+)?")
+
+
+def export(run: str | Path, folder: str | Path, *, checkpoint: str | None = None) -> Path:
+    """Write a run's model to `folder` as `export_policy` does. Returns the folder.
+
+    checkpoint: "best" (by `eval.metric`), "newest", or "step-N"; None: what the run itself exported last.
+    Raises InputError where there is no such model, or `folder` holds something that is no export.
+    """
+    run, folder = Path(run), Path(folder)
+    if not (run / CONFIG).is_file():
+        raise InputError(f"{str(run)!r} holds no run: it has no {CONFIG}")
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if there and not {CARD, VALUE_HEAD_FILE} <= there:
+        raise InputError(f"cannot export to {str(folder)!r}: it holds something else; name a new folder")
+    if checkpoint is None:
+        if not (run / EXPORT).is_dir():
+            raise InputError(f"{str(run)!r} has exported nothing yet; export a checkpoint with --checkpoint newest")
+        with filled_folder(folder, stale="model*.safetensors*") as temporary:
+            shutil.copytree(run / EXPORT, temporary, dirs_exist_ok=True)
+        return folder
+    source = _checkpoint(run, checkpoint)
+    step = Checkpoints.verify(source)["step"]
+    card = model_card(run, HybridConfig.from_file(run / CONFIG), step=step)
+    model = trained_config(source).model
+    assert model.name is not None
+    export_policy(build_policy(model.name, model), load_tokenizer(model.name), folder, card=card)
+    return folder
+
+
+def export_run(trainer: Any) -> None:
+    """Write the model of a run that goes on, or ends, to the folder `export` in its own."""
+    card = model_card(trainer.folder, trainer.config, step=trainer.num_steps)
+    export_policy(trainer.policy, trainer.tokenizer, trainer.folder / EXPORT, card=card)
+
+
+def export_policy(policy: Policy, tokenizer: Any, folder: str | Path, *, card: str) -> None:
+    """Write weights (an adapter merged into them), value head, tokenizer, configs and the card README.md.
+
+    Nothing is written there before all of it is complete.
+    """
+    with filled_folder(folder, stale="model*.safetensors*") as temporary:
+        policy.save_pretrained(temporary, tokenizer=tokenizer)
+        (temporary / CARD).write_text(card, "utf-8")
+
+
+def model_card(run: str | Path, config: HybridConfig, *, step: int) -> str:
+    """The card of a run's model after `step` steps: where it comes from, how it was trained, what it measured.
+
+    config: the run's.   The metadata names what is on the Hub; of a path on this machine the card has the last part.
+    """
+    import yaml
+
+    run, values = Path(run), config.written()
+    rows = rows_of(run, until=step)
+    steps = {phase: len(of_phase) for phase, of_phase in rows.items() if of_phase and phase != "eval"}
+    base, data = values["model"]["name"], values["data"]
+    metadata = {
+        "base_model": _hub_names(base),
+        "datasets": [name for name in _hub_names(data["train"]) if not Path(name).suffix],
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["hybrid-trainer", *steps, *(["lora"] if config.model.lora else [])],
+    }
+    front = yaml.safe_dump({key: value for key, value in metadata.items() if value}, sort_keys=False)
+    taken = ", ".join(f"{count} {phase}" for phase, count in steps.items())
+    training = {
+        key: values[key] for key in ("model", "data", "references", "mixing", "optimizer", "reward", "sampling")
+    }
+    settings = yaml.safe_dump(_named(training), sort_keys=False, allow_unicode=True)
+    found = {package: _version(package) for package in PACKAGES}
+    parts = [
+        f"---\n{front}---",
+        f"# {run.resolve().name}",
+        f"{_named(base) or 'A model'}, trained with HybridTrainer: supervised fine-tuning and PPO in one loop with one "
+        f"optimizer. Steps: {taken or 'none'}; seed {config.run.seed}.",
+        f"## Use\n\n```python\n{_usage(config)}```",
+        f"`{VALUE_HEAD_FILE}` is the value head: `hybrid.Policy.from_pretrained` reads it, transformers needs it not.",
+        f"## Held-out evaluation\n\n{_evaluation(summary(run, until=step))}",
+        f"## Training\n\n```yaml\n{settings}```",
+        "## Versions\n\n" + ", ".join(f"{package} {number}" for package, number in found.items() if number),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _usage(config: HybridConfig) -> str:
+    """Python that answers a prompt as the run did."""
+    sampling, options = config.sampling, "do_sample=False"
+    if sampling.temperature:
+        # transformers' own default is top_k=50.
+        options = f"do_sample=True, temperature={sampling.temperature}, top_k={sampling.top_k}, top_p={sampling.top_p}"
+    prompt = f"prompt = {prompt_text('Your prompt', config.data.template)!r}"
+    if config.data.template == "chat":
+        told = [{"role": "system", "content": config.data.system}] if config.data.system else []
+        messages = [*told, {"role": "user", "content": "Your prompt"}]
+        prompt = f"prompt = tokenizer.apply_chat_template({messages}, tokenize=False, add_generation_prompt=True)"
+    return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder, or its name on the Hub
+tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+{prompt}
+inputs = tokenizer(prompt, return_tensors="pt"{", add_special_tokens=False" if config.data.template == "chat" else ""})
+answer = model.generate(**inputs, max_new_tokens={sampling.max_new_tokens}, {options})
+print(tokenizer.decode(answer[0], skip_special_tokens=True))
+"""
+
+
+def _evaluation(measured: Summary) -> str:
+    if not measured.steps:
+        return "None was made."
+    columns = ["", *(f"step {step}" for step in measured.steps), *(["change"] if len(measured.steps) == 2 else [])]
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1)]
+    lines += [[f"{row.name}, {row.unit}", *row.values, row.change][: len(columns)] for row in measured.rows]
+    prompts = f"\n\n{measured.num_prompts} held-out prompts." if measured.num_prompts else ""
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + prompts
+
+
+def _hub_names(names: str | list[str] | None) -> list[str]:
+    """Those that can be names on the Hub: no file or folder of this machine. A data set's split is left out."""
+    listed = [names] if isinstance(names, str) else names or []
+    return [name.partition(":")[0] for name in listed if HUB_NAME.fullmatch(name) and not Path(name).exists()]
+
+
+def _named(value: Any) -> Any:
+    """The value with every path in it cut down to its last part."""
+    if isinstance(value, dict):
+        return {key: _named(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_named(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _checkpoint(run: Path, which: str) -> Path:
+    """The folder of the checkpoint called "best", "newest" or "step-N"."""
+    config = HybridConfig.from_file(run / CONFIG)
+    checkpoints = Checkpoints(run / CHECKPOINTS, best=config.eval.best)
+    named = {"best": checkpoints.best, "newest": checkpoints.newest}
+    source = named[which]() if which in named else run / CHECKPOINTS / which
+    if source is None or not source.is_dir():
+        there = sorted(path.name for path in (run / CHECKPOINTS).glob("step-*"))
+        raise InputError(f"{str(run)!r} has no checkpoint {which!r}; known: {', '.join(['best', 'newest', *there])}")
+    return source
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,130 @@
+"""The gradient of one update, microbatch by microbatch; smaller ones where the memory asks for it."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+
+from hybrid.core import Batch, Rollout, RunStopped, first_line
+
+__all__ = ["Loss", "Rows", "Term", "accumulate", "split"]
+
+Rows = TypeVar("Rows", Batch, Rollout)
+Loss = tuple[Tensor, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Term(Generic[Rows]):
+    """One summand of an update's loss: these rows, under this loss.
+
+    loss_of: rows -> (loss, metrics), for the rows and for any part of them. The loss is already divided by the
+        count of the WHOLE update, so that the losses of parts, and their gradients, simply add up.
+    coef: the factor of the loss.   microbatch_size: rows of one forward and backward; None: all.
+    """
+
+    name: str
+    rows: Rows
+    loss_of: Callable[[Rows], Loss]
+    coef: float = 1.0
+    microbatch_size: int | None = None
+
+
+def split(rows: Rows, size: int | None) -> list[Rows]:
+    """Microbatches of at most `size` rows; None: all rows in one."""
+    size = size or len(rows)
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def accumulate(
+    optimizer: torch.optim.Optimizer, terms: Sequence[Term[Any]], scaler: GradScaler, row_limits: dict[str, int]
+) -> list[dict[str, float]]:
+    """Leave the gradient of all terms, times the scaler's scale, in the parameters. Returns each term's metrics.
+
+    Of a term's microbatches losses are added, `_max` is the maximum, the rest a mean weighted by tokens.
+    row_limits: rows of a microbatch that the memory has been found to allow, by the term's name. Where it runs out,
+        the term's is halved in there, with a warning, and all terms start anew with the same random numbers: the
+        gradient is the one that the smaller microbatches give.
+    Raises RunStopped where not even one row at a time fits.
+    """
+    random_state = _random_state(optimizer)
+    while True:
+        optimizer.zero_grad(set_to_none=True)
+        merged = []
+        for term in terms:
+            size = min(term.microbatch_size or len(term.rows), row_limits.get(term.name, len(term.rows)))
+            outcome = _attempt(term, size, scaler)
+            if isinstance(outcome, str):
+                break
+            merged.append(outcome)
+        else:
+            return merged
+        row_limits[term.name] = _halved(term.name, size, outcome)
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        _set_random_state(optimizer, random_state)
+
+
+def _attempt(term: Term[Any], size: int, scaler: GradScaler) -> dict[str, float] | str:
+    """Add the term's gradient to what is there. Returns its metrics, or what was said where the memory ran out.
+
+    The error itself ends here: its traceback would keep the failed forward's tensors in memory.
+    """
+    parts: list[tuple[int, dict[str, Tensor]]] = []
+    try:
+        for microbatch in split(term.rows, size):
+            loss, metrics = term.loss_of(microbatch)
+            scaler.scale(term.coef * loss).backward()
+            parts.append((microbatch.num_tokens, {"loss": loss.detach(), **metrics}))
+    except RuntimeError as error:
+        # A GPU's has a class of its own, the CPU's is known by its allocator's name.
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            return first_line(error)
+        raise
+    return _merged(parts)
+
+
+def _halved(name: str, size: int, failure: str) -> int:
+    """Half of the microbatch that did not fit, at least 1; says so."""
+    if size == 1:
+        raise RunStopped(
+            f"out of memory with one {name} row at a time ({failure}). Shorten the rows (data.max_length, "
+            "sampling.max_new_tokens), or set model.gradient_checkpointing=true, model.lora={} or a smaller model.name"
+        )
+    half = size // 2
+    warnings.warn(
+        f"out of memory with {size} {name} rows at a time; from here on {half}, which gives the same gradient. "
+        f"To start with that: {name}.microbatch_size={half}",
+        stacklevel=2,
+    )
+    return half
+
+
+def _merged(parts: list[tuple[int, dict[str, Tensor]]]) -> dict[str, float]:
+    total = max(sum(count for count, _ in parts), 1)
+    merged = {}
+    for name in parts[0][1]:
+        values = [float(metrics[name]) for _, metrics in parts]
+        if name.endswith("loss"):
+            merged[name] = sum(values)
+        elif name.endswith("_max"):
+            merged[name] = max(values)
+        else:
+            merged[name] = sum(count * x for (count, _), x in zip(parts, values, strict=True)) / total
+    return merged
+
+
+def _random_state(optimizer: torch.optim.Optimizer) -> tuple[Tensor, Tensor | None]:
+    """Of the CPU, and of the GPU that the parameters are on."""
+    device = optimizer.param_groups[0]["params"][0].device
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(optimizer: torch.optim.Optimizer, state: tuple[Tensor, Tensor | None]) -> None:
+    on_cpu, on_gpu = state
+    torch.set_rng_state(on_cpu)
+    if on_gpu is not None:
+        torch.cuda.set_rng_state(on_gpu, optimizer.param_groups[0]["params"][0].device)
