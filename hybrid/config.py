@@ -15,7 +15,7 @@ from hybrid.mixing import Strategy, make_strategy
 from hybrid.models import LoraConfig, require
 from hybrid.optim import check_optimizer, check_scheduler, plateau_mode
 from hybrid.rollout import KLConfig, SamplingConfig, ScoreConfig
-from hybrid.run import CheckpointConfig
+from hybrid.run import CheckpointConfig, write_file
 from hybrid.steps import GradientConfig, PPOConfig, SFTConfig
 
 __all__ = ["HybridConfig", "ModelConfig", "ReferenceConfig", "RunConfig"]
@@ -173,7 +173,7 @@ class HybridConfig:
         import yaml
 
         text = yaml.safe_dump(self.written(), sort_keys=False, allow_unicode=True)
-        path.write_text(text, encoding="utf-8")
+        write_file(path, text.encode("utf-8"))
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def _check_keys(kind: type, values: Any, path: str) -> None:
                 + (f"did you mean {path + near[0]!r}?" if near else f"known: {', '.join(known)}")
             )
         hint: Any = known[key].type
-        for inner in filter(is_dataclass, (hint, *get_args(hint))):
+        for inner in (kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and is_dataclass(kind)):
             if get_origin(hint) is tuple:
                 for number, entry in enumerate(value if isinstance(value, (list, tuple)) else [value]):
                     _check_keys(inner, entry, f"{path}{key}[{number}].")

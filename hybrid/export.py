@@ -11,7 +11,7 @@ from hybrid.core import InputError
 from hybrid.data import prompt_text
 from hybrid.models import VALUE_HEAD_FILE, Policy
 from hybrid.resume import trained_config
-from hybrid.run import CHECKPOINTS, CONFIG, EXPORT, Checkpoints, Summary, filled_folder, summary
+from hybrid.run import CHECKPOINTS, CONFIG, EXPORT, Checkpoints, Summary, disk_errors, filled_folder, summary
 from hybrid.run.report import rows_of
 from hybrid.setup import build_policy, load_tokenizer
 
@@ -60,7 +60,8 @@ def export_policy(policy: Policy, tokenizer: Any, folder: str | Path, *, card: s
 
     Nothing is written there before all of it is complete.
     """
-    with filled_folder(folder, stale="model*.safetensors*") as temporary:
+    saving = disk_errors(f"export to {str(folder)!r}")
+    with saving, filled_folder(folder, stale="model*.safetensors*") as temporary:
         policy.save_pretrained(temporary, tokenizer=tokenizer)
         (temporary / CARD).write_text(card, "utf-8")
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hybrid.core import IGNORE, InputError
@@ -12,7 +13,17 @@ from hybrid.evaluate import sample_rows
 from hybrid.export import export_run
 from hybrid.mixing import Plan, Strategy
 from hybrid.resume import write_checkpoint
-from hybrid.run import CHECKPOINTS, CONFIG, Checkpoints, RunLog, make_trackers, stop_requested, write_report
+from hybrid.run import (
+    CHECKPOINTS,
+    CONFIG,
+    Checkpoints,
+    RunLog,
+    clear_parts,
+    disk_errors,
+    make_trackers,
+    stop_requested,
+    write_report,
+)
 
 __all__ = ["Progress", "run"]
 
@@ -28,6 +39,7 @@ class Progress:
     first: the trainer's step count when the call began.   metrics: of the last step.
     evaluated, evaluation: when the last evaluation was made, and what it found.
     best, best_step: the watched metric where it last made progress.   num_idle: evaluations since.
+    logged: the bytes of the log's files at the checkpoint.
     """
 
     first: int
@@ -37,6 +49,7 @@ class Progress:
     best: float | None = None
     best_step: int | None = None
     num_idle: int = 0
+    logged: dict[str, int] | None = None
 
 
 def run(trainer: Any, strategy: Strategy, progress: Progress | None = None) -> Metrics:
@@ -50,19 +63,37 @@ def run(trainer: Any, strategy: Strategy, progress: Progress | None = None) -> M
     if not trainer.num_steps:
         trainer.updater.num_updates = trainer.num_updates(strategy)
     total = None if strategy.num_steps is None else progress.first + strategy.num_steps
-    trackers = None
-    if folder is not None:
-        trainer.config.save(folder / CONFIG)
-        names, config = trainer.config.run.trackers, trainer.config.written()
-        trackers = make_trackers(names, folder=folder, run_name=folder.name, config=config)
-    with RunLog(folder, total_steps=total, step=trainer.num_steps, trackers=trackers) as log:
+    kept = progress.logged if trainer.num_steps else {}
+    with RunLog(folder, total_steps=total, new=not trainer.begun, kept=kept) as log:
+        trainer.begun = True
+        if folder is not None:
+            _prepare(trainer, folder, log)
         try:
-            return _Loop(trainer, strategy, progress, log).run()
-        finally:
-            # Also where the run was stopped: what it has learnt by then is not lost.
-            if folder is not None and trainer.num_steps:
-                export_run(trainer)
-                write_report(folder)
+            evaluation = _Loop(trainer, strategy, progress, log).run()
+        except BaseException as error:
+            # What it has learnt by then is not lost; what stopped it is told also where this fails as well.
+            try:
+                _finish(trainer)
+            except InputError as another:
+                error.add_note(str(another))
+            raise
+        _finish(trainer)
+        return evaluation
+
+
+def _prepare(trainer: Any, folder: Path, log: RunLog) -> None:
+    """The folder's config and its trackers. The log holds the folder: no other process writes there now."""
+    clear_parts(folder)
+    with disk_errors(f"write to {str(folder / CONFIG)!r}"):
+        trainer.config.save(folder / CONFIG)
+    names, config = trainer.config.run.trackers, trainer.config.written()
+    log.trackers = make_trackers(names, folder=folder, run_name=folder.name, config=config)
+
+
+def _finish(trainer: Any) -> None:
+    if trainer.folder is not None and trainer.num_steps:
+        export_run(trainer)
+        write_report(trainer.folder)
 
 
 def _check(trainer: Any, strategy: Strategy) -> None:
@@ -195,6 +226,7 @@ class _Loop:
 
     def _save(self) -> None:
         assert self.checkpoints is not None
+        self.progress.logged = self.log.sizes()
         state = {"strategy": self.strategy.spec(), "memory": self.strategy.state_dict(), **asdict(self.progress)}
         # An evaluation of an earlier step says nothing of this one.
         fresh = self.progress.evaluated == self.trainer.num_steps

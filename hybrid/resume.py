@@ -12,7 +12,7 @@ import torch
 from hybrid.config import HybridConfig
 from hybrid.core import InputError
 from hybrid.models import under_adapter
-from hybrid.run import CHECKPOINTS, CONFIG, EXPORT, Checkpoints, load_state, save_state
+from hybrid.run import CHECKPOINTS, CONFIG, EXPORT, MANIFEST, Checkpoints, check_unlocked, load_state, save_state
 
 __all__ = [
     "load_checkpoint",
@@ -57,24 +57,31 @@ def load_checkpoint(trainer: Any, folder: Path) -> dict[str, Any]:
     return state
 
 
-def resumable(folder: Path) -> tuple[HybridConfig, Path]:
-    """The config of the run in `folder` and its newest whole checkpoint. Raises InputError where there is none."""
+def resumable(folder: Path) -> tuple[HybridConfig, Path | None]:
+    """The config of the run in `folder` and its newest whole checkpoint; None where it has saved none so far.
+
+    Raises InputError where there is no run, where it still goes on, and where none of its checkpoints is whole.
+    """
     if not (folder / CONFIG).is_file():
         raise InputError(f"{str(folder)!r} holds no run: it has no {CONFIG}")
+    check_unlocked(folder)
     checkpoint = Checkpoints(folder / CHECKPOINTS).newest()
-    if checkpoint is None:
-        raise InputError(f"{str(folder)!r} cannot be resumed: there is no whole checkpoint in its {CHECKPOINTS} folder")
+    if checkpoint is None and any((folder / CHECKPOINTS).glob("step-*")):
+        raise InputError(f"{str(folder)!r} cannot be resumed: no checkpoint in its {CHECKPOINTS} folder is whole")
     return HybridConfig.from_file(folder / CONFIG), checkpoint
 
 
 def trained_config(folder: Path, overrides: Sequence[str] = ()) -> HybridConfig:
     """The config of a run with the model it exported, or of a checkpoint with the model in it, writing nothing.
 
-    A reference that was the model it started from is still that one. Raises InputError where `folder` is neither.
+    A reference that was the model it started from is still that one. Raises InputError where `folder` is neither, and
+    by name for a file of a checkpoint that is not as it was saved.
     """
     model = next((folder / name for name in (EXPORT, MODEL) if (folder / name).is_dir()), None)
     if model is None or not (folder / CONFIG).is_file():
         raise InputError(f"{str(folder)!r} is neither a run with an {EXPORT} folder nor a checkpoint")
+    if (folder / MANIFEST).is_file():
+        Checkpoints.verify(folder)
     config = HybridConfig.from_file(folder / CONFIG, overrides)
     config = replace(config, run=replace(config.run, output=None))
     if under_adapter(model) is not None:
@@ -83,7 +90,7 @@ def trained_config(folder: Path, overrides: Sequence[str] = ()) -> HybridConfig:
     started = config.model.name
     if started is None:
         raise InputError(f"{str(folder / CONFIG)!r} does not say what model the run started from; set model.name=...")
-    as_it_was = {"model": started, "load_in_4bit": config.model.load_in_4bit}
+    as_it_was: dict[str, Any] = {"model": started, "load_in_4bit": config.model.load_in_4bit}
     references = tuple(r if r.model is not None else replace(r, **as_it_was) for r in config.references)
     plain = replace(config.model, name=str(model), lora=None, load_in_4bit=False)
     return replace(config, model=plain, references=references)

@@ -249,7 +249,7 @@ def build_policy(policy: Policy | nn.Module | str | Path, config: ModelConfig) -
             add_lora(policy.backbone.model, config.lora)
         return policy if config.device == "auto" else policy.to(device)
     # 4-bit weights are made where they are to stay.
-    placed = {"device_map": {"": device}} if config.load_in_4bit else {}
+    placed: dict[str, Any] = {"device_map": {"": device}} if config.load_in_4bit else {}
     dtype = getattr(torch, config.dtype)
     return Policy.from_pretrained(
         policy, dtype=dtype, lora=config.lora, load_in_4bit=config.load_in_4bit, **placed

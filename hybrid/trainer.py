@@ -131,6 +131,7 @@ class HybridTrainer:
         self.kl = kl_controller(config.kl)
         self.sampler, self.shuffler, self.speaker = random_streams(config.run.seed, self.policy.device)
         self.num_steps = 0  # of the loop, SFT and PPO steps together
+        self.begun = False  # whether the run in its folder is its own
         self._left: tuple[Strategy, Progress] | None = None  # of a resumed run
 
     # The loop
@@ -158,21 +159,20 @@ class HybridTrainer:
 
             HybridTrainer.resume("runs/reviews").train()
 
-        takes the steps that the run had left, and the same ones. Broken checkpoints are skipped with a warning.
+        takes the steps that the run had left, or all before its first checkpoint; a broken one is skipped with a warning.
         given: what the run was given in code and its config.yaml cannot hold: train_data, reward, reference ...
-        Raises InputError where there is no run or no whole checkpoint.
+        Raises InputError where there is no run, where it still goes on, and where no checkpoint of it is whole.
         """
-        folder = Path(folder)
-        config, checkpoint = resumable(folder)
+        config, checkpoint = resumable(Path(folder))
         # The folder holds a run, which a new one would be refused.
         trainer = cls(config=replace(config, run=replace(config.run, output=None, trackers=())), **given)
         trainer.config = replace(trainer.config, run=config.run)
-        trainer.folder = folder
-        state = load_checkpoint(trainer, checkpoint)["progress"]
-        spec, memory = state.pop("strategy"), state.pop("memory")
-        strategy = copy.deepcopy(trainer.strategy) if spec is None else make_strategy(spec)
-        strategy.load_state_dict(memory)
-        trainer._left = strategy, Progress(**state)
+        trainer.folder, trainer.begun = Path(folder), True
+        if checkpoint is not None:
+            state = load_checkpoint(trainer, checkpoint)["progress"]
+            strategy = make_strategy(spec) if (spec := state.pop("strategy")) else copy.deepcopy(trainer.strategy)
+            strategy.load_state_dict(state.pop("memory"))
+            trainer._left = strategy, Progress(**state)
         return trainer
 
     # The steps

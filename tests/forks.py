@@ -1,5 +1,6 @@
 """The command line in forked processes that can be killed: one server imports everything once, a fork takes no time."""
 
+import importlib
 import json
 import os
 import signal
@@ -7,9 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+WRITING = os.O_WRONLY | os.O_RDWR
 TESTS = Path(__file__).resolve().parent
+# What a run imports late.
+LATER = ("bitsandbytes", "jinja2", "matplotlib.figure", "rich.progress", "transformers.models.llama.modeling_llama")
 # What changes files and can be seen from Python. os.fsync is no audit event and is wrapped.
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate"}
 
@@ -68,10 +72,10 @@ class Forks:
 
 def serve(folder: Path) -> None:
     """Answer each request on stdin with a number."""
-    import bitsandbytes  # noqa: F401
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
     from hybrid.cli import main
+
+    for name in LATER:
+        importlib.import_module(name)
 
     process = 0
     for line in sys.stdin:
@@ -102,8 +106,8 @@ def _kill_before(number: int, folder: Path) -> None:
         if left < 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def audit(event: str, args: tuple[object, ...]) -> None:
-        if event in OPERATIONS and str(args[0]).startswith(str(folder)):
+    def audit(event: str, args: tuple[Any, ...]) -> None:
+        if event in OPERATIONS and str(args[0]).startswith(str(folder)) and (event != "open" or args[2] & WRITING):
             count()
 
     sync = os.fsync

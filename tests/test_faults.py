@@ -7,13 +7,12 @@ import random
 import shutil
 import subprocess
 import sys
-import warnings
-from contextlib import contextmanager
-from pathlib import Path
+import time
+from itertools import count
 
 import pytest
-from forks import Forks
-from test_resume import assert_equal_runs, config, rows_of
+from forks import Forks, small_disk
+from test_resume import assert_equal_runs, config
 
 from hybrid import HybridConfig, HybridTrainer
 from hybrid.cli import main
@@ -23,11 +22,14 @@ from hybrid.run import CHECKPOINTS, Checkpoints
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
-# All thirty of the issue take three minutes: HYBRID_KILLS=30 pytest tests/test_faults.py -k kill
+# The issue's thirty: HYBRID_KILLS=30 pytest tests/test_faults.py -k killed
 KILLS = int(os.environ.get("HYBRID_KILLS", "5"))
+TURNS = {"cycles": 3, "sft_steps_per_cycle": 2, "ppo_steps_per_cycle": 1}
 MIXTURES = {
+    # One step of SFT alone, seven of both losses, one of PPO alone.
     "joint": {"strategy": "joint", "steps": 9, "mu": 1.0, "schedule": "linear", "final_mu": 0.0},
-    "turns": {"cycles": 3, "sft_steps_per_cycle": 2, "ppo_steps_per_cycle": 1, "curriculum": "reward", "target_reward": 2.0},
+    # A strategy that remembers.
+    "turns": {**TURNS, "curriculum": "reward", "target_reward": 2.0},
 }
 
 
@@ -39,37 +41,124 @@ def forks(tmp_path_factory):
 
 @pytest.fixture
 def folder(forks):
-    """A new folder where the forks' file operations count."""
-    folder = forks.folder / str(len(list(forks.folder.iterdir())))
+    """A new folder among those where the forks' file operations count."""
+    folder = forks.folder / f"test-{len(list(forks.folder.iterdir()))}"
     folder.mkdir()
     return folder
 
 
 def written(stories, folder, name, **sections):
-    """The config file of a run of nine steps that saves after each."""
-    settings = {"optimizer": {"name": "adamw_8bit", "lr": 1e-3}, "checkpoint": {"every": 1}, "eval": {"num_prompts": 3, "every": 4}}
+    """The config file of a run of nine steps into folder / name that saves after each step."""
+    settings = {
+        "optimizer": {"name": "adamw_8bit", "lr": 1e-3},
+        "checkpoint": {"every": 1},
+        "eval": {"num_prompts": 3, "every": 4},
+    }
     file = folder / f"{name}.json"
     file.write_text(json.dumps(config(stories, folder, name, **settings | sections)))
     return file
 
 
-def folders(folder):
-    """Every folder that a run has left, hidden ones too."""
-    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+@pytest.fixture(scope="module")
+def whole(stories, forks):
+    """The folder of a run that nobody disturbed, and the seconds that it took."""
+    return uninterrupted(stories, forks, forks.folder, "whole")
+
+
+def uninterrupted(stories, forks, folder, name, **sections):
+    file, began = written(stories, folder, name, **sections), time.perf_counter()
+    status, said = forks.run("train", file)
+    assert status == 0, said
+    return folder / name, time.perf_counter() - began
+
+
+def ends_well(forks, run, whole):
+    """Resumes the run; afterwards it is the uninterrupted one, and nothing unfinished is in its folder."""
+    status, said = forks.run("train", "--resume", run)
+    assert status == 0, said
+    assert_as_if_undisturbed(run, whole)
+
+
+def assert_as_if_undisturbed(run, whole):
+    assert_equal_runs(run, whole)
+    for path in (run / CHECKPOINTS).iterdir():
+        Checkpoints.verify(path)
+    found, expected = ({path.relative_to(each) for path in each.rglob("*")} for each in (run, whole))
+    assert {path for path in found if path.parts[0] != CHECKPOINTS} == {
+        path for path in expected if path.parts[0] != CHECKPOINTS
+    }
+
+
+def wait_for(path):
+    while not path.exists():
+        time.sleep(0.005)
 
 
 # Kills
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_equals_the_uninterrupted_one(stories, forks, folder):
-    draw, kills, resumes = random.Random(0), 0, 0
-    for number in range(2 * KILLS):
-        mixture = list(MIXTURES)[number % 2]
-        whole = folder / mixture
-        if number < 2:
-            file = written(stories, folder, mixture, mixing=MIXTURES[mixture])
-            status, said = forks.run("train", file)
-            assert status == 0, said
-        name = f"{mixture}-{number}"
-        start = command = ("train", written(stories, folder, name, mixing=MIXTURES[mixture]))
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_a_run_killed_at_random_moments_equals_the_uninterrupted_one(stories, forks, folder, mixture):
+    whole, seconds = uninterrupted(stories, forks, folder, "whole", mixing=MIXTURES[mixture])
+    draw, kills = random.Random(mixture), 0
+    for number in count():
+        file, run, status = written(stories, folder, f"run-{number}", mixing=MIXTURES[mixture]), folder / f"run-{number}", None
+        while status != 0:
+            moment = draw.uniform(0, seconds) if kills < KILLS / len(MIXTURES) else None
+            resumes = (run / "config.yaml").exists()
+            status, said = forks.run("train", *(["--resume", run] if resumes else [file]), kill_after=moment)
+            assert status in (0, -9), said
+            kills += status == -9
+        assert_as_if_undisturbed(run, whole)
+        if kills >= KILLS / len(MIXTURES):
+            break
+
+
+@pytest.mark.slow
+def test_a_last_step_killed_before_any_of_its_file_operations_is_taken_again(stories, forks, folder, whole):
+    """From the log's row to the checkpoint, the old one's deletion, the evaluation, the export and the report."""
+    process = forks.start("train", written(stories, folder, "start"))
+    wait_for(folder / "start" / CHECKPOINTS / "step-8")
+    os.kill(process, 9)
+    assert forks.wait()[0] == -9
+    for number in range(0, 1000, max(1, 100 // KILLS)):
+        run = folder / str(number)
+        shutil.copytree(folder / "start", run)
+        status, said = forks.run("train", "--resume", run, kill_before=number)
+        assert status in (0, -9), said
+        ends_well(forks, run, whole[0])
+        if status == 0:
+            break
+        shutil.rmtree(run)
+    assert 50 < number < 1000
+
+
+@pytest.mark.slow
+def test_a_run_killed_before_its_first_checkpoint_begins_again(stories, forks, folder, whole):
+    process = forks.start("train", written(stories, folder, "run"))
+    wait_for(folder / "run" / "metrics.jsonl")
+    os.kill(process, 9)
+    forks.wait()
+    assert not (folder / "run" / CHECKPOINTS / "step-1").exists()
+    ends_well(forks, folder / "run", whole[0])
+
+
+# Disks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "every", "name"),
+    [("4m", 1, "save the checkpoint '.*step-3'"), ("16k", 0, "write to '.*(metrics|samples).jsonl'")],
+    ids=["checkpoint", "log"],
+)
+def test_a_full_disk_ends_the_run_by_name_and_with_room_again_it_goes_on(
+    stories, forks, folder, whole, size, every, name
+):
+    with small_disk(folder / "disk", size) as disk:
+        # The config needs a page of the disk too.
+        file = written(stories, disk.parent, "disk/run", checkpoint={"every": every})
+        status, said = forks.run("train", file)
+        assert status == 2, said
+        assert pytest.importorskip("re").search(f"hybrid: cannot {name}: No space left on device", said)

@@ -161,7 +161,8 @@ def is_adapted(model: Any) -> bool:
 @contextmanager
 def without_adapter(module: nn.Module) -> Iterator[None]:
     """Inside the block `module` is the model under its adapter, without dropout; afterwards it is as it was."""
-    layers, was_training = [m for m in module.modules() if _is_adapter(m)], module.training
+    layers: list[Any] = [m for m in module.modules() if _is_adapter(m)]
+    was_training = module.training
     frozen = [p for p in module.parameters() if not p.requires_grad]
     module.eval()
     try:
@@ -207,6 +208,7 @@ def merged(model: Any) -> Any:
             weight = (weight + layer.get_delta_weight(adapter)).to(weight.dtype)
         state[name] = weight.detach().cpu()
     plain.load_state_dict(state, assign=True)
+    # From a GPU each name of a tied weight came as a copy of its own.
     plain.tie_weights()
     plain.generation_config = model.generation_config
     return plain

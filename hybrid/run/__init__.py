@@ -1,12 +1,12 @@
 """A run's folder: what is written while training, and what is made of it afterwards."""
 
-from hybrid.run.checkpoint import filled_folder
-from hybrid.run.checkpoints import CheckpointConfig, Checkpoints
+from hybrid.run.checkpoint import clear_parts, disk_errors, filled_folder, write_file
+from hybrid.run.checkpoints import MANIFEST, CheckpointConfig, Checkpoints
 from hybrid.run.compare import comparison_table, write_comparison
 from hybrid.run.report import BETTER, Summary, SummaryRow, summary, summary_table, write_report
 from hybrid.run.signals import stop_requested
 from hybrid.run.state_file import load_state, save_state
-from hybrid.run.track import CHECKPOINTS, CONFIG, EXPORT, RunLog, open_run_folder, read_jsonl
+from hybrid.run.track import CHECKPOINTS, CONFIG, EXPORT, RunLog, check_unlocked, open_run_folder, read_jsonl
 from hybrid.run.trackers import Trackers, check_trackers, make_trackers
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "CHECKPOINTS",
     "CONFIG",
     "EXPORT",
+    "MANIFEST",
     "CheckpointConfig",
     "Checkpoints",
     "RunLog",
@@ -21,7 +22,10 @@ __all__ = [
     "SummaryRow",
     "Trackers",
     "check_trackers",
+    "check_unlocked",
+    "clear_parts",
     "comparison_table",
+    "disk_errors",
     "filled_folder",
     "load_state",
     "make_trackers",
@@ -32,5 +36,6 @@ __all__ = [
     "summary",
     "summary_table",
     "write_comparison",
+    "write_file",
     "write_report",
 ]

@@ -1,4 +1,4 @@
-"""Writing folders so that a failure leaves what was there before."""
+"""Writing files and folders so that a failure leaves what was there before, and says so."""
 
 import os
 import shutil
@@ -7,9 +7,43 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hybrid.core import InputError
+from safetensors import SafetensorError
 
-__all__ = ["filled_folder"]
+from hybrid.core import InputError, first_line
+
+__all__ = ["clear_parts", "disk_errors", "filled_folder", "write_file"]
+
+PART = ".part"  # what is not complete yet: hidden, and with this at its end
+
+
+@contextmanager
+def disk_errors(what: str, then: str = "") -> Iterator[None]:
+    """Raises what a full, read-only or broken disk raises inside the block as an InputError: cannot WHAT: reason."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise InputError(f"cannot {what}: {reason}{then}") from error
+
+
+def write_file(path: Path, data: bytes) -> Path:
+    """Write a file that is there as a whole, or as it was. Returns its path. Raises OSError where the disk does."""
+    part = path.with_name(f".{path.name}-{os.getpid()}{PART}")
+    try:
+        part.write_bytes(data)
+        _sync(part)
+        return part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def clear_parts(folder: Path) -> None:
+    """Remove what killed processes have left unfinished in a folder where no other process writes now."""
+    for path in folder.glob(f".*{PART}"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -23,11 +57,9 @@ def filled_folder(folder: str | Path, *, stale: str | None = None) -> Iterator[P
     folder = Path(folder)
     if folder.is_file():
         raise InputError(f"cannot save to {str(folder)!r}: it is a file")
-    try:
+    with disk_errors(f"save to {str(folder)!r}"):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise InputError(f"cannot save to {str(folder)!r}: {error.strerror or error}") from error
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=PART, dir=folder.parent))
     try:
         yield temporary
         # mkdtemp makes a private folder; a saved model is as readable as any file of the user's.

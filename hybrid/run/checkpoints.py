@@ -13,12 +13,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError
-
 from hybrid.core import InputError, first_line
-from hybrid.run.checkpoint import filled_folder
+from hybrid.run.checkpoint import disk_errors, filled_folder
 
-__all__ = ["CheckpointConfig", "Checkpoints"]
+__all__ = ["MANIFEST", "CheckpointConfig", "Checkpoints"]
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -92,19 +90,15 @@ class Checkpoints:
         if step < 0:
             raise ValueError(f"step must be at least 0, got {step}")
         folder = self.folder / f"step-{step:d}"
+        saving = disk_errors(f"save the checkpoint {str(folder)!r}", "; those before it are as they were")
         try:
             self._clear()
-            with filled_folder(folder) as temporary:
+            with saving, filled_folder(folder) as temporary:
                 write(temporary)
                 _write_manifest(temporary, step, metrics or {})
                 if folder.exists():
                     # filled_folder would mix the old files with the new ones.
                     folder.rename(self._hidden(step, _BEFORE))
-        except (OSError, SafetensorError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-            raise InputError(
-                f"cannot save the checkpoint {str(folder)!r}: {reason}; those before it are as they were"
-            ) from error
         finally:
             # An old one whose place stayed empty goes back, one that was replaced goes.
             self._clear()

@@ -1,7 +1,6 @@
 """Several runs on one page: curves overlaid, last evaluations, settings and samples side by side."""
 
 import io
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid.core import InputError
+from hybrid.run.checkpoint import disk_errors, write_file
 from hybrid.run.curves import PANELS, TRAINING, Curve, Points, Rows, dress, finite, inlined, points_of
 from hybrid.run.report import BETTER, MEASURES, NUM_SAMPLES, facts_of, rows_of, shown, typeset
 from hybrid.run.track import CONFIG, SAMPLES, read_jsonl
@@ -105,17 +105,10 @@ def write_comparison(folders: Sequence[str | Path], output: str | Path) -> Path:
         settings=_differences(runs),
         samples=_side_by_side(runs),
     )
-    part = output.with_name(f".{output.name}.{os.getpid()}.part")
-    try:
+    with disk_errors(f"write the comparison to {str(output)!r}"):
         output.parent.mkdir(parents=True, exist_ok=True)
         # A lone surrogate in a response is no UTF-8; as a character reference it shows as U+FFFD.
-        part.write_text(html, "utf-8", errors="xmlcharrefreplace")
-        return part.replace(output)
-    except OSError as error:
-        raise InputError(f"cannot write the comparison to {str(output)!r}: {error.strerror or error}") from error
-    finally:
-        if part.parent.is_dir():
-            part.unlink(missing_ok=True)
+        return write_file(output, html.encode("utf-8", errors="xmlcharrefreplace"))
 
 
 def _source(name: str) -> str:

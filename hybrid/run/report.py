@@ -1,6 +1,5 @@
 """A run's folder as one page to read: before and after, curves, samples, configuration."""
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hybrid.core import InputError
+from hybrid.run.checkpoint import disk_errors, write_file
 from hybrid.run.curves import TRAINING, Rows, curves, finite
 from hybrid.run.track import CONFIG, METRICS, SAMPLES, read_jsonl
 
@@ -104,13 +104,9 @@ def write_report(folder: str | Path) -> Path:
         samples=_before_and_after(samples),
         config=config,
     )
-    part = folder / f".report.{os.getpid()}.part"
-    try:
+    with disk_errors(f"write the report to {str(folder)!r}"):
         # A lone surrogate in a response is no UTF-8; as a character reference it shows as U+FFFD.
-        part.write_text(html, "utf-8", errors="xmlcharrefreplace")
-        return part.replace(folder / "report.html")
-    finally:
-        part.unlink(missing_ok=True)
+        return write_file(folder / "report.html", html.encode("utf-8", errors="xmlcharrefreplace"))
 
 
 def rows_of(folder: Path, *, until: int | None = None) -> dict[str, Rows]:

@@ -7,12 +7,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from hybrid.core import InputError
-from hybrid.run.checkpoint import filled_folder
+from hybrid.run.checkpoint import PART, disk_errors
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -26,6 +26,7 @@ __all__ = [
     "METRICS",
     "SAMPLES",
     "RunLog",
+    "check_unlocked",
     "open_run_folder",
     "read_jsonl",
 ]
@@ -46,7 +47,7 @@ def open_run_folder(path: str | Path) -> Path:
     folder = Path(path).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=PART):
             pass
     except OSError as error:
         raise InputError(
@@ -56,9 +57,15 @@ def open_run_folder(path: str | Path) -> Path:
         if (folder / name).exists():
             raise InputError(
                 f"the output folder {str(folder)!r} already holds a run ({name}); "
-                "name another one with run.output=FOLDER"
+                f"name another one with run.output=FOLDER, or go on with it: hybrid train --resume {folder}"
             )
     return folder
+
+
+def check_unlocked(folder: Path) -> None:
+    """Raise InputError while a process writes to the run in `folder`."""
+    with _locked(folder):
+        pass
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
@@ -93,10 +100,12 @@ class RunLog:
             log.samples([{"step": 1, "phase": "ppo", "index": 0, "prompt": "…", …}])
 
     Every row is with the operating system before the call returns: a process that is killed loses none.
-    A folder that holds rows is continued, without the half line that a crash may have left, and without the rows
-    after `step`, which a resumed run writes anew. Two logs of one folder at a time are refused (InputError).
+    A folder that holds rows is continued, without the half line that a crash may have left. Refused (InputError)
+    are two logs of one folder at a time, and a disk that takes no more.
 
     folder: None writes no files.   total_steps: None where the end is not known.
+    new: whether the run is; a folder that has got one meanwhile is refused.
+    kept: the bytes of each file that stay, from `sizes`: a resumed run writes the rest anew. None: all.
     live: False keeps the console silent, as on all processes but the first.
     trackers: get the numbers of every step and the samples of evaluations; they are closed with the log.
     """
@@ -107,14 +116,15 @@ class RunLog:
         *,
         total_steps: int | None,
         live: bool = True,
-        step: int | None = None,
+        new: bool = False,
+        kept: Mapping[str, int] | None = None,
         trackers: "Trackers | None" = None,
     ):
         self.folder = None if folder is None else Path(folder)
         self.total_steps = total_steps
-        self.live, self.step_before = live, step
+        self.live, self.new, self.kept = live, new, kept
         self.trackers = trackers
-        self._files: dict[str, TextIO] = {}
+        self._files: dict[str, BinaryIO] = {}
         self._console: _Console | None = None
         self._closing = ExitStack()
 
@@ -122,10 +132,12 @@ class RunLog:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._closing.enter_context(_locked(self.folder))
-            if self.step_before is not None:
-                _cut(self.folder, self.step_before)
+            if self.new:
+                # Another one may have begun while this one loaded its model.
+                open_run_folder(self.folder)
             for name in (METRICS, SAMPLES):
-                self._files[name] = self._closing.enter_context(_appended(self.folder / name))
+                size = None if self.kept is None else self.kept.get(name, 0)
+                self._files[name] = self._closing.enter_context(_appended(self.folder / name, size))
         if self.live:
             self._console = self._closing.enter_context(_Console(self.total_steps))
         return self
@@ -153,6 +165,13 @@ class RunLog:
         if self.trackers is not None and plain and plain[0]["phase"] == "eval":
             self.trackers.samples(plain, plain[0]["step"])
 
+    def sizes(self) -> dict[str, int]:
+        """The bytes of each file by now, all of them on the disk: where a resumed run goes on."""
+        for name, file in self._files.items():
+            with disk_errors(f"write to {str(self.folder / name)!r}"):
+                os.fsync(file.fileno())
+        return {name: file.tell() for name, file in self._files.items()}
+
     def say(self, line: str) -> None:
         """A line for whoever watches; not part of the record."""
         if self.live:
@@ -161,8 +180,9 @@ class RunLog:
     def _write(self, name: str, rows: list[dict[str, Any]]) -> None:
         if self.folder is not None:
             file = self._files[name]
-            file.writelines(_line(row).decode("utf-8") for row in rows)
-            file.flush()
+            with disk_errors(f"write to {str(self.folder / name)!r}"):
+                file.writelines(map(_line, rows))
+                file.flush()
 
 
 @contextmanager
@@ -184,30 +204,25 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _cut(folder: Path, step: int) -> None:
-    """Leave out of a run's rows what came after `step`."""
-    for name in (METRICS, SAMPLES):
-        file = folder / name
-        rows = read_jsonl(file) if file.exists() else []
-        kept = [row for row in rows if row["step"] <= step]
-        if len(kept) < len(rows):
-            with filled_folder(folder) as temporary:
-                (temporary / name).write_bytes(b"".join(map(_line, kept)))
-
-
 def _line(row: Mapping[str, Any]) -> bytes:
     # A lone surrogate is no UTF-8, but its backslash form is the right JSON escape.
     text = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
     return text.encode("utf-8", errors="backslashreplace")
 
 
-def _appended(path: Path) -> TextIO:
-    """The file, open at the end of its last whole line."""
-    if path.exists():
-        data = path.read_bytes()
-        if not data.endswith(b"\n"):
-            os.truncate(path, data.rfind(b"\n") + 1)
-    return path.open("a", encoding="utf-8", newline="\n")
+@contextmanager
+def _appended(path: Path, size: int | None) -> Iterator[BinaryIO]:
+    """The file, open at the end of the last whole line of its first `size` bytes (None: of all)."""
+    with disk_errors(f"write to {str(path)!r}"):
+        if path.exists():
+            os.truncate(path, path.read_bytes()[:size].rfind(b"\n") + 1)
+        file = path.open("ab")
+    try:
+        yield file
+    finally:
+        # What a full disk has not taken was told when it was written; closing tries once more.
+        with suppress(OSError):
+            file.close()
 
 
 def _plain(value: Any) -> Any:

@@ -63,7 +63,9 @@ def test_named_target_modules_alone_are_adapted():
 
 
 def test_a_target_that_is_no_layer_is_refused_with_the_nearest():
-    with pytest.raises(InputError, match=r"unknown layer in model\.lora\.target_modules: 'q_prj'; did you mean 'q_proj'"):
+    with pytest.raises(
+        InputError, match=r"unknown layer in model\.lora\.target_modules: 'q_prj'; did you mean 'q_proj'"
+    ):
         adapted(lora=LoraConfig(target_modules=("q_proj", "q_prj")))
 
 
