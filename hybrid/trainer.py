@@ -237,7 +237,7 @@ class HybridTrainer:
         learnt = with_advantages(rollout if rows is None else rollout[rows.to(self.policy.device)], config)
         steps: list[Metrics] = []
         for picked in minibatches(len(learnt), config, self.shuffler):
-            terms = [self._ppo_term(learnt[picked.to(self.policy.device)], ppo_coef)]
+            terms: list[Term[Any]] = [self._ppo_term(learnt[picked.to(self.policy.device)], ppo_coef)]
             terms += [self._sft_term(self.corpus.batch(batch), sft_coef) for batch in islice(batches, 1)]
             factors = {"ppo": config.lr_factor, "sft": self.config.sft.lr_factor}
             weights = sum(term.coef for term in terms)

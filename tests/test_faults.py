@@ -4,14 +4,13 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
-import subprocess
-import sys
 import time
 from itertools import count
 
 import pytest
-from forks import Forks, small_disk
+from faults import Forks, remount, small_disk
 from test_resume import assert_equal_runs, config
 
 from hybrid import HybridConfig, HybridTrainer
@@ -19,6 +18,7 @@ from hybrid.cli import main
 from hybrid.core import InputError
 from hybrid.resume import resumable
 from hybrid.run import CHECKPOINTS, Checkpoints
+from hybrid.run.checkpoints import _write_manifest
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
@@ -54,7 +54,7 @@ def written(stories, folder, name, **sections):
         "checkpoint": {"every": 1},
         "eval": {"num_prompts": 3, "every": 4},
     }
-    file = folder / f"{name}.json"
+    file = folder / f"{name.replace('/', '-')}.json"
     file.write_text(json.dumps(config(stories, folder, name, **settings | sections)))
     return file
 
@@ -89,6 +89,10 @@ def assert_as_if_undisturbed(run, whole):
     }
 
 
+def names(folder):
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
 def wait_for(path):
     while not path.exists():
         time.sleep(0.005)
@@ -103,7 +107,11 @@ def test_a_run_killed_at_random_moments_equals_the_uninterrupted_one(stories, fo
     whole, seconds = uninterrupted(stories, forks, folder, "whole", mixing=MIXTURES[mixture])
     draw, kills = random.Random(mixture), 0
     for number in count():
-        file, run, status = written(stories, folder, f"run-{number}", mixing=MIXTURES[mixture]), folder / f"run-{number}", None
+        file, run, status = (
+            written(stories, folder, f"run-{number}", mixing=MIXTURES[mixture]),
+            folder / f"run-{number}",
+            None,
+        )
         while status != 0:
             moment = draw.uniform(0, seconds) if kills < KILLS / len(MIXTURES) else None
             resumes = (run / "config.yaml").exists()
@@ -147,18 +155,115 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(stories, forks, f
 # Disks
 
 
+FULL = {
+    "checkpoint": ("4m", 1, r"save the checkpoint '.*step-3'"),
+    "log": ("16k", 0, r"write to '.*(metrics|samples)\.jsonl'"),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("size", "every", "name"),
-    [("4m", 1, "save the checkpoint '.*step-3'"), ("16k", 0, "write to '.*(metrics|samples).jsonl'")],
-    ids=["checkpoint", "log"],
-)
-def test_a_full_disk_ends_the_run_by_name_and_with_room_again_it_goes_on(
-    stories, forks, folder, whole, size, every, name
-):
+@pytest.mark.parametrize(("size", "every", "what"), FULL.values(), ids=FULL)
+def test_a_full_disk_ends_the_run_by_name_and_with_room_it_goes_on(stories, forks, folder, whole, size, every, what):
     with small_disk(folder / "disk", size) as disk:
-        # The config needs a page of the disk too.
-        file = written(stories, disk.parent, "disk/run", checkpoint={"every": every})
-        status, said = forks.run("train", file)
+        status, said = forks.run("train", written(stories, folder, "disk/run", checkpoint={"every": every}))
         assert status == 2, said
-        assert pytest.importorskip("re").search(f"hybrid: cannot {name}: No space left on device", said)
+        assert re.search(f"hybrid: cannot {what}: .*No space left on device", said), said
+        assert "Traceback" not in said
+        kept = [] if every == 0 else ["step-1", "step-2"]
+        assert names(disk / "run" / CHECKPOINTS) == kept
+        for name in kept:
+            Checkpoints.verify(disk / "run" / CHECKPOINTS / name)
+        assert remount(disk, "size=50m")
+        ends_well(forks, disk / "run", whole[0])
+
+
+@pytest.mark.slow
+def test_a_disk_that_turns_read_only_ends_the_run_by_name(stories, forks, folder, whole):
+    run = folder / "run"
+    run.mkdir()
+    with small_disk(run / CHECKPOINTS, "50m") as disk:
+        forks.start("train", written(stories, folder, "run"))
+        wait_for(disk / "step-2")
+        while not remount(disk, "ro"):
+            pass
+        status, said = forks.wait()
+        assert status == 2, said
+        assert re.search(r"hybrid: cannot save to '.*checkpoints/step-\d': Read-only file system", said), said
+        assert resumable(run)[1] is not None
+        assert main(["train", "--resume", str(run)]) == 2
+        assert remount(disk, "rw")
+        ends_well(forks, run, whole[0])
+
+
+@pytest.mark.slow
+def test_a_file_that_may_not_be_so_large_ends_the_run_by_name(stories, forks, folder):
+    status, said = forks.run("train", written(stories, folder, "run"), file_limit=1_000_000)
+    assert status == 2, said
+    assert re.search(r"hybrid: cannot save the checkpoint '.*step-1': .*File too large", said), said
+    assert names(folder / "run" / CHECKPOINTS) == []
+
+
+# Files
+
+
+@pytest.fixture
+def damaged(whole, folder):
+    """A copy of the whole run, and every file of its newest checkpoint."""
+    run = folder / "run"
+    shutil.copytree(whole[0], run)
+    return run, [path for path in sorted((run / CHECKPOINTS / "step-9").rglob("*")) if path.is_file()]
+
+
+def flipped(data):
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+DAMAGE = {"flipped bit": flipped, "cut off": lambda data: data[:-1], "empty": lambda data: b""}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damage_to_any_file_of_a_checkpoint_is_told_by_name_and_the_one_before_is_used(damaged, damage):
+    run, files = damaged
+    assert len(files) == 9
+    for file in files:
+        data = file.read_bytes()
+        file.write_bytes(damage(data))
+        with pytest.warns(UserWarning, match=f"skipped a broken checkpoint: .*step-9/?.*{re.escape(file.name)}"):
+            assert resumable(run)[1] == run / CHECKPOINTS / "step-8"
+        file.write_bytes(data)
+
+
+class Evil:
+    """A pickle that leaves a mark when it is loaded."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+def signed(checkpoint):
+    """Makes the manifest fit the files, as one who wants to harm would."""
+    (checkpoint / "manifest.json").unlink()
+    _write_manifest(checkpoint, 9, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [lambda checkpoint: None, signed], ids=["unsigned", "signed"])
+def test_a_pickle_in_place_of_any_file_of_a_checkpoint_is_refused_and_runs_nothing(damaged, sign, capfd):
+    run, files = damaged
+    checkpoint = run / CHECKPOINTS / "step-9"
+    manifest = (checkpoint / "manifest.json").read_bytes()
+    for file in files:
+        data = file.read_bytes()
+        file.write_bytes(pickle.dumps(Evil(run / "mark")))
+        if file.name != "manifest.json":
+            sign(checkpoint)
+        for command in (["generate", checkpoint, "Tell me"], ["train", "--resume", run]):
+            print(file.name, command, main(list(map(str, command))))
+        file.write_bytes(data)
+        (checkpoint / "manifest.json").write_bytes(manifest)
+        assert not (run / "mark").exists()
+    print(capfd.readouterr().err)
+    assert 0

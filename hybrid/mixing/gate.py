@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -67,6 +67,7 @@ class Gate(Strategy):
         return Plan(cycle, ppo_coef=1.0)
 
     def trained_rows(self, rollout: Rollout, examples: Sequence[Encoded]) -> Tensor:
+        assert rollout.group is not None  # collect numbers the prompts
         groups = rollout.group.tolist()
         scores: dict[int, list[float]] = {}
         for group, score in zip(groups, rollout.score.tolist(), strict=True):
@@ -82,13 +83,9 @@ class Gate(Strategy):
 
     def state_dict(self) -> dict[str, Any]:
         # The row it came from may hold what no file can; a supervised step does not read it.
-        names = [field.name for field in fields(Encoded) if field.name != "item"]
-        rows = [{name: getattr(example, name) for name in names} for example in self.memory["failed"]]
-        return {**self.memory, "failed": rows}
+        return {**self.memory, "failed": [asdict(replace(example, item={})) for example in self.memory["failed"]]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        made = [
-            Encoded(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in row.items()}, item={})
-            for row in state.get("failed", ())
-        ]
-        super().load_state_dict({**state, "failed": made})
+        ids = ("input_ids", "labels", "prompt_ids")
+        failed = [Encoded(**{**row, **{name: tuple(row[name]) for name in ids}}) for row in state.get("failed", ())]
+        super().load_state_dict({**state, "failed": failed})

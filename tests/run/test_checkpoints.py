@@ -6,14 +6,13 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import warnings
-from contextlib import contextmanager
 
 import pytest
 import torch
+from faults import remount, small_disk
 
 from hybrid.core import InputError
 from hybrid.run.checkpoints import Checkpoints
@@ -354,19 +353,6 @@ def test_full_disk_names_the_checkpoint_and_leaves_the_older_ones_whole(tmp_path
     assert_all_whole(tmp_path)
 
 
-@contextmanager
-def small_disk(path, size):
-    path.mkdir()
-    mount = shutil.which("mount")
-    command = [mount or "mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
-    if mount is None or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("no file system can be mounted here")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", str(path)], check=True)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
 @pytest.mark.parametrize("what", ["tensors", "bytes"])
 def test_disk_that_is_really_full_leaves_the_older_checkpoints_whole(tmp_path, what):
@@ -395,7 +381,7 @@ def test_disk_that_is_really_full_leaves_the_older_checkpoints_whole(tmp_path, w
 def test_read_only_disk_is_refused_and_still_read(tmp_path):
     with small_disk(tmp_path / "disk", "1m") as disk:
         checkpoints = filled(disk / "checkpoints", 1, 2)
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert remount(disk, "ro")
         with pytest.raises(InputError, match=r"cannot save to '.*step-3': Read-only file system"):
             checkpoints.save(3, writer(3))
         assert checkpoints.newest() == disk / "checkpoints" / "step-2"

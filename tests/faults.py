@@ -1,14 +1,19 @@
-"""The command line in forked processes that can be killed: one server imports everything once, a fork takes no time."""
+"""What tests of faults need: processes that can be killed at any moment, and disks that fill up."""
 
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
+
+import pytest
 
 WRITING = os.O_WRONLY | os.O_RDWR
 TESTS = Path(__file__).resolve().parent
@@ -19,7 +24,10 @@ OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmo
 
 
 class Forks:
-    """with Forks(folder) as forks: status, said = forks.run("train", file, kill_after=0.3)
+    """The command line in forks of a server that has imported everything, so that each begins at once.
+
+        with Forks(folder) as forks:
+            status, said = forks.run("train", file, kill_after=0.3)
 
     folder: where the output of each process is kept; only operations on files in it are counted.
     """
@@ -68,6 +76,25 @@ class Forks:
         self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
         return int(self.server.stdout.readline())
+
+
+@contextmanager
+def small_disk(path: Path, size: str) -> Iterator[Path]:
+    """A file system of its own, as root; elsewhere the test is skipped."""
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+def remount(path: Path, options: str) -> bool:
+    """Change a file system's options; False where they cannot be changed now, as for a file that is being written."""
+    command = ["mount", "-o", f"remount,{options}", str(path)]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def serve(folder: Path) -> None:

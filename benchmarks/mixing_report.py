@@ -1,0 +1,137 @@
+"""The runs of `mixing.py` as a table and a picture: means over seeds, with 95 % confidence intervals."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+__all__ = ["draw", "interval", "sweep_table", "table"]
+
+BASELINE = "sequential"
+# Two-sided 95 % quantiles of Student's t, by degrees of freedom.
+T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+# Metric and its title; a task without the metric has no such column.
+COLUMNS = {
+    "reward": "reward",
+    "reward_hard": "reward, hard",
+    "sft_loss": "SFT loss",
+    "kl": "KL",
+    "distinct_2": "distinct-2",
+}
+Run = Mapping[str, Any]
+
+
+def interval(numbers: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half of its 95 % confidence interval (NaN of a single number)."""
+    n = len(numbers)
+    if n > len(T95):
+        raise ValueError(f"interval: at most {len(T95)} numbers, got {n}; extend T95")
+    return fmean(numbers), T95[n - 1] * stdev(numbers) / math.sqrt(n) if n > 1 else math.nan
+
+
+def table(runs: Sequence[Run]) -> str:
+    """Markdown, a table for each task.
+
+    Behind reward and SFT loss: the difference to `sequential`, of runs with the same seed; bold where its interval
+    excludes 0.
+    """
+    return "\n\n".join(_task_table(task, own) for task, own in _by(runs, "task").items())
+
+
+def _task_table(task: str, runs: Sequence[Run]) -> str:
+    arms = _by(runs, "arm")
+    baseline = arms.get(BASELINE, [])
+    # Answers of one word have no bigrams: a column that says the same of every run is left out.
+    columns = {name: title for name, title in COLUMNS.items() if len({run["metrics"].get(name) for run in runs}) > 1}
+    compared = ("reward", "sft_loss")
+    titles = [task, *columns.values(), *(f"{columns[name]} - {BASELINE}" for name in compared), "kTokens", "seconds"]
+    lines = [titles, ["---"] * len(titles)]
+    for arm, own in arms.items():
+        cells = [_number(*interval([run["metrics"][name] for run in own])) for name in columns]
+        cells += [_difference(own, baseline, name) for name in compared]
+        lines.append([arm, *cells, *_cost(own)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _difference(runs: Sequence[Run], baseline: Sequence[Run], metric: str) -> str:
+    theirs = {run["seed"]: run["metrics"][metric] for run in baseline}
+    pairs = [run["metrics"][metric] - theirs[run["seed"]] for run in runs if run["seed"] in theirs]
+    if runs[0]["arm"] in (BASELINE, "base") or not pairs:
+        return ""
+    mean, half = interval(pairs)
+    text = _number(mean, half, sign="+")
+    return f"**{text}**" if abs(mean) > half else text
+
+
+def _cost(runs: Sequence[Run]) -> list[str]:
+    """Thousands of tokens, as SFT + PPO + generated, and seconds of one core."""
+    if "tokens" not in runs[0]:
+        return ["", ""]
+    tokens = [fmean(run["tokens"][kind] for run in runs) / 1000 for kind in ("sft", "ppo", "generated")]
+    return [" + ".join(f"{count:.0f}" for count in tokens), f"{fmean(run['cpu_seconds'] for run in runs):.0f}"]
+
+
+def _number(mean: float, half: float, sign: str = "") -> str:
+    text = f"{mean:{sign}.3f}"
+    return text if math.isnan(half) else f"{text} ± {half:.3f}"
+
+
+def sweep_table(runs: Sequence[Run]) -> str:
+    """Markdown: what each learning rate gave, on validation data; the best of its arm in bold."""
+    lines = ["| task | arm | learning rate | reward | SFT loss | KL |", "| --- | --- | --- | --- | --- | --- |"]
+    for task, of_task in _by(runs, "task").items():
+        for arm, own in _by(of_task, "arm").items():
+            key = (lambda run: run["metrics"]["sft_loss"]) if arm == "sft_only" else _minus_reward
+            best = min(own, key=key)
+            for run in sorted(own, key=lambda run: run["lr"]):
+                rate = f"**{run['lr']:g}**" if run is best else f"{run['lr']:g}"
+                metrics = [f"{run['metrics'][name]:.3f}" for name in ("reward", "sft_loss", "kl")]
+                lines.append(f"| {task} | {arm} | {rate} | {' | '.join(metrics)} |")
+    return "\n".join(lines)
+
+
+def _minus_reward(run: Run) -> float:
+    return -run["metrics"]["reward"]
+
+
+def draw(runs: Sequence[Run], titles: Mapping[str, str], file: Path) -> None:
+    """A panel a task: reward over validation loss, an arm a point, with both intervals. Up and left is better."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tasks = _by(runs, "task")
+    figure, panels = pyplot.subplots(1, len(tasks), figsize=(6 * len(tasks), 5.5), squeeze=False, layout="constrained")
+    arms = list(_by(runs, "arm"))
+    colours = dict(zip(arms, [*pyplot.colormaps["tab20"].colors], strict=False))
+    for axes, (task, own) in zip(panels[0], tasks.items(), strict=True):
+        for arm, same in _by(own, "arm").items():
+            (x, x_half), (y, y_half) = (
+                interval([run["metrics"][name] for run in same]) for name in ("sft_loss", "reward")
+            )
+            marker = {"base": "x", "sft_only": "s", "rl_only": "^", BASELINE: "D"}.get(arm, "o")
+            axes.errorbar(
+                x, y, xerr=_drawn(x_half), yerr=_drawn(y_half), color=colours[arm], marker=marker, label=arm,
+                capsize=2, linewidth=1, markersize=7,
+            )  # fmt: skip
+        axes.set(title=f"{task}: {titles[task]}", xlabel="held-out SFT loss, nats a token", ylabel="held-out reward")
+        axes.title.set_wrap(True)
+        axes.grid(alpha=0.3)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False)
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+def _drawn(half: float) -> float | None:
+    return None if math.isnan(half) else half
+
+
+def _by(runs: Iterable[Run], key: str) -> dict[str, list[Run]]:
+    """The runs by task or arm, in order of appearance."""
+    grouped: dict[str, list[Run]] = {}
+    for run in runs:
+        grouped.setdefault(run[key], []).append(run)
+    return grouped

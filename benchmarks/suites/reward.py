@@ -1,0 +1,42 @@
+"""The reward of RL4LMs' IMDB task."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hybrid import register_reward
+from hybrid.rewards.classify import Classifier
+from hybrid.rewards.leaves.classifier import TextClassifier
+
+__all__ = ["ReviewSentiment"]
+
+
+@register_reward("review_sentiment")
+@dataclass
+class ReviewSentiment(TextClassifier):
+    """The probability of a sentiment of the whole review: the item's `start` (else the prompt) and the response.
+
+    Parameters and formula are those of `sentiment`. Of a text that is too long the classifier reads the end.
+    Source: LearnedRewardMetric of rl4lms/envs/text_generation/metric.py.
+    """
+
+    reads = ("response", "prompt", "item")
+
+    def _load(self, device: torch.device) -> tuple[Classifier, int]:
+        classifier, index = super()._load(device)
+        classifier.tokenizer.truncation_side = "left"
+        return classifier, index
+
+    def _model_scores(
+        self,
+        loaded: tuple[Classifier, int],
+        responses: list[str],
+        targets: list[str],
+        prompts: list[str],
+        items: list[Any],
+    ) -> Sequence[float]:
+        starts = [(item or {}).get("start", prompt) for item, prompt in zip(items, prompts, strict=True)]
+        reviews = [start + response for start, response in zip(starts, responses, strict=True)]
+        return super()._model_scores(loaded, reviews, targets, prompts, items)
