@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hybrid.config import HybridConfig
-from hybrid.core import InputError
+from hybrid.core import InputError, RunStopped
 from hybrid.data import read_rows
 from hybrid.export import export
 from hybrid.fused import kernel_backend
@@ -34,7 +34,7 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 when the thing was done, 2 for bad input (with one line that says what), 1 for a failed reward."""
+    """Exit status: 0 when the thing was done, 2 for bad input, 1 for a run that had to stop (one line says why)."""
     args = _parser().parse_args(argv)
     _quiet_libraries()
     try:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"hybrid: {error}", file=sys.stderr)
         return 2
-    except RewardError as error:
+    except (RewardError, RunStopped) as error:
         # What the user's own function raised keeps its traceback.
         if error.__cause__ is not None and not isinstance(error.__cause__, RewardError):
             traceback.print_exception(error.__cause__)

@@ -16,7 +16,7 @@ from hybrid.models import LoraConfig, require
 from hybrid.optim import check_optimizer, check_scheduler, plateau_mode
 from hybrid.rollout import KLConfig, SamplingConfig, ScoreConfig
 from hybrid.run import CheckpointConfig, write_file
-from hybrid.steps import GradientConfig, PPOConfig, SFTConfig
+from hybrid.steps import GradientConfig, PPOConfig, Precision, SFTConfig
 
 __all__ = ["HybridConfig", "ModelConfig", "ReferenceConfig", "RunConfig"]
 
@@ -38,7 +38,8 @@ class ModelConfig:
 
     name: str | None = None  # a folder or a hub name
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; PPO's small updates round away in bfloat16
-    precision: Literal["float32", "bfloat16"] = "float32"  # of the computation; bfloat16: by autocast
+    precision: Precision = "float32"  # of the computation, by autocast: bfloat16, or float16 with scaled losses
+    gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, more time
     device: str = "auto"  # auto: the GPU where there is one
     lora: LoraConfig | None = None  # train adapters on the frozen model ({}: with their defaults); None: all weights
     load_in_4bit: bool = False  # the frozen linear layers as nf4, by bitsandbytes; needs lora

@@ -2,20 +2,22 @@
 
 import copy
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hybrid.core import IGNORE, InputError
+from hybrid.core import IGNORE, InputError, RunStopped
 from hybrid.evaluate import sample_rows
 from hybrid.export import export_run
 from hybrid.mixing import Plan, Strategy
-from hybrid.resume import write_checkpoint
+from hybrid.resume import MODEL, write_checkpoint
+from hybrid.rewards import RewardError
 from hybrid.run import (
     CHECKPOINTS,
     CONFIG,
+    SAMPLES,
     Checkpoints,
     RunLog,
     clear_parts,
@@ -24,10 +26,12 @@ from hybrid.run import (
     stop_requested,
     write_report,
 )
+from hybrid.steps import Term, texts_of
 
 __all__ = ["Progress", "run"]
 
 NUM_SAMPLES = 4  # responses of each rollout that samples.jsonl keeps
+NUM_SKIPPED = 8  # rows of a step's first skipped update that it keeps
 
 Metrics = dict[str, float]
 
@@ -40,6 +44,7 @@ class Progress:
     evaluated, evaluation: when the last evaluation was made, and what it found.
     best, best_step: the watched metric where it last made progress.   num_idle: evaluations since.
     logged: the bytes of the log's files at the checkpoint.
+    num_diverged: rollouts in a row, up to the last, whose KL was beyond `kl.limit`.
     """
 
     first: int
@@ -50,12 +55,15 @@ class Progress:
     best_step: int | None = None
     num_idle: int = 0
     logged: dict[str, int] | None = None
+    num_diverged: int = 0
 
 
 def run(trainer: Any, strategy: Strategy, progress: Progress | None = None) -> Metrics:
     """Every step of the strategy, from where `progress` stands. Returns the last evaluation.
 
     SIGINT and SIGTERM finish the step, save a checkpoint where the run has a folder, and end the run.
+    Raises RunStopped where it cannot go on: updates that are not finite, a KL beyond its limit, no memory. That and
+    a reward's failure name the last good checkpoint.
     """
     strategy = copy.deepcopy(strategy)  # a run's memory is its own
     _check(trainer, strategy)
@@ -68,15 +76,21 @@ def run(trainer: Any, strategy: Strategy, progress: Progress | None = None) -> M
         trainer.begun = True
         if folder is not None:
             _prepare(trainer, folder, log)
+        loop = _Loop(trainer, strategy, progress, log)
+        trainer.updater.on_skip = loop.show_skipped
         try:
-            evaluation = _Loop(trainer, strategy, progress, log).run()
+            evaluation = loop.run()
         except BaseException as error:
+            if isinstance(error, (RewardError, RunStopped)):
+                error.add_note(loop.last_good())
             # What it has learnt by then is not lost; what stopped it is told also where this fails as well.
             try:
                 _finish(trainer)
             except InputError as another:
                 error.add_note(str(another))
             raise
+        finally:
+            trainer.updater.on_skip = None
         _finish(trainer)
         return evaluation
 
@@ -120,6 +134,7 @@ class _Loop:
     def __init__(self, trainer: Any, strategy: Strategy, progress: Progress, log: RunLog):
         self.trainer, self.strategy, self.progress, self.log = trainer, strategy, progress, log
         self.began = time.perf_counter()
+        self.shown: int | None = None  # the last step whose skipped update was shown
         config = trainer.config.checkpoint
         self.every = config.every
         self.checkpoints = None
@@ -130,6 +145,8 @@ class _Loop:
                 best=trainer.config.eval.best,
                 keep_best=config.keep_best,
             )
+            # Where no step is left, no save does it.
+            self.checkpoints.clear()
 
     def run(self) -> Metrics:
         trainer, progress = self.trainer, self.progress
@@ -172,9 +189,14 @@ class _Loop:
         return None
 
     def _is_due(self) -> bool:
-        """Whether the step that was made is to be kept: it is the turn of it, or the best so far."""
+        """Whether the step that was made is to be kept: it is the turn of it, or the best so far.
+
+        Not while something is wrong: what is kept by then is what the run can go back to.
+        """
         step = self.trainer.num_steps
         if self.checkpoints is None or not self.every:
+            return False
+        if self.trainer.updater.skipped_in_a_row or self.progress.num_diverged:
             return False
         return step % self.every == 0 or step == self.progress.best_step
 
@@ -191,6 +213,44 @@ class _Loop:
         head = {"step": trainer.num_steps, "phase": plan.kind, "cycle": plan.cycle, **clock}
         self.log.step({**head, **metrics, **self.strategy.metrics()})
         self.progress.metrics = metrics
+        if "kl" in metrics:
+            self._watch_kl(metrics["kl"])
+
+    def _watch_kl(self, kl: float) -> None:
+        progress, config = self.progress, self.trainer.config.kl
+        # NaN is beyond any limit.
+        beyond = config.limit is not None and not kl <= config.limit
+        progress.num_diverged = progress.num_diverged + 1 if beyond else 0
+        if progress.num_diverged >= config.patience:
+            raise RunStopped(
+                f"the policy has diverged: the KL to its references, {kl:.4g} nats per response, was beyond kl.limit = "
+                f"{config.limit} for {config.patience} rollouts in a row. Lower optimizer.lr or ppo.epochs, or raise "
+                "kl.coef"
+            )
+
+    def show_skipped(self, terms: Sequence[Term[Any]], metrics: Mapping[str, float]) -> None:
+        """Say that an update was skipped, and keep some of its rows; once a step."""
+        step = self.trainer.num_steps
+        if step == self.shown:
+            return
+        self.shown = step
+        rows = [row for term in terms for row in texts_of(term.rows[:NUM_SKIPPED], self.trainer.tokenizer)]
+        self._log_samples("skipped", rows[:NUM_SKIPPED])
+        where = "" if self.trainer.folder is None else f"; its rows are in {SAMPLES}, phase skipped"
+        self.log.say(
+            f"step {step}: skipped an update with loss {metrics['loss']:.4g} and gradient norm "
+            f"{metrics['grad_norm']:.4g}{where}"
+        )
+
+    def last_good(self) -> str:
+        """Where a run that had to stop can go on from."""
+        newest = None if self.checkpoints is None else self.checkpoints.newest()
+        if newest is None:
+            return "There is no checkpoint to go back to."
+        return (
+            f"The last good checkpoint is {newest}: hybrid train --resume {self.trainer.folder} goes on from it, and "
+            f"model.name={newest / MODEL} starts a new run with its weights."
+        )
 
     def _rollout_step(self, plan: Plan, number: int) -> Metrics:
         trainer, strategy = self.trainer, self.strategy

@@ -22,7 +22,7 @@ from hybrid.data import (
     split_examples,
 )
 from hybrid.mixing import make_strategy
-from hybrid.models import Policy, Reference, add_lora, context_length, under_adapter
+from hybrid.models import Policy, Reference, add_lora, context_length, recompute_activations, under_adapter
 from hybrid.run import check_trackers
 
 __all__ = [
@@ -166,7 +166,7 @@ def load_tokenizer(policy: nn.Module | str | Path) -> Any:
     if not name:
         raise InputError("HybridTrainer needs a tokenizer: this policy was not loaded from a folder that has one")
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"model {name!r} not found, or it has no tokenizer: {first_line(error)}") from error
 
@@ -178,7 +178,7 @@ def model_context(policy: nn.Module | str | Path) -> int | None:
     if isinstance(policy, nn.Module):
         return context_length(policy.backbone.model.config if isinstance(policy, Policy) else policy.config)
     try:
-        return context_length(AutoConfig.from_pretrained(under_adapter(policy) or str(policy)))
+        return context_length(AutoConfig.from_pretrained(under_adapter(policy) or str(policy), trust_remote_code=False))
     except (OSError, ValueError) as error:
         raise InputError(f"model {str(policy)!r} not found: {first_line(error)}") from error
 
@@ -238,6 +238,13 @@ def _prompt_template(examples: Sequence[Example], config: DataConfig) -> str:
 
 def build_policy(policy: Policy | nn.Module | str | Path, config: ModelConfig) -> Policy:
     """The policy on its device: loaded where a name is given, given a value head where a plain model is."""
+    policy = _placed_policy(policy, config)
+    if config.gradient_checkpointing:
+        recompute_activations(policy.backbone.trunk)
+    return policy
+
+
+def _placed_policy(policy: Policy | nn.Module | str | Path, config: ModelConfig) -> Policy:
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

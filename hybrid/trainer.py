@@ -50,6 +50,7 @@ from hybrid.setup import (
 from hybrid.steps import (
     Term,
     Updater,
+    autocast,
     minibatches,
     over_updates,
     ppo_term,
@@ -122,12 +123,9 @@ class HybridTrainer:
         if self.reward is not None:
             self.reward.setup(self.policy.device)
         self.updater = Updater(
-            self.policy,
-            config.optimizer,
-            config.scheduler,
-            config.gradient,
-            num_updates=self.num_updates(self.strategy),
-        )
+            self.policy, config.optimizer, config.scheduler, config.gradient,
+            num_updates=self.num_updates(self.strategy), precision=config.model.precision,
+        )  # fmt: skip
         self.kl = kl_controller(config.kl)
         self.sampler, self.shuffler, self.speaker = random_streams(config.run.seed, self.policy.device)
         self.num_steps = 0  # of the loop, SFT and PPO steps together
@@ -159,7 +157,7 @@ class HybridTrainer:
 
             HybridTrainer.resume("runs/reviews").train()
 
-        takes the steps that the run had left, or all before its first checkpoint; a broken one is skipped with a warning.
+        takes the steps that the run had left: all, before its first checkpoint. Warns of a broken one, and skips it.
         given: what the run was given in code and its config.yaml cannot hold: train_data, reward, reference ...
         Raises InputError where there is no run, where it still goes on, and where no checkpoint of it is whole.
         """
@@ -247,7 +245,8 @@ class HybridTrainer:
                 break
         whole = learnt if rows is None else with_advantages(rollout, config)
         metrics = rollout_metrics(whole) | over_updates(steps) | {"kl_coef": self.kl.coef}
-        self.kl.update(metrics["kl"], len(rollout))
+        if math.isfinite(metrics["kl"]):  # else its updates were skipped, and it says nothing
+            self.kl.update(metrics["kl"], len(rollout))
         seconds = {**rollout.seconds, "update": time.perf_counter() - began}
         return {
             **metrics,
@@ -332,9 +331,8 @@ class HybridTrainer:
         load_checkpoint(self, Path(folder))
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bfloat16 computation where `model.precision` says so; the weights keep their dtype."""
-        enabled = self.config.model.precision == "bfloat16"
-        return torch.autocast(self.policy.device.type, dtype=torch.bfloat16, enabled=enabled)
+        """Computation in `model.precision`; the weights keep their dtype."""
+        return autocast(self.config.model.precision, self.policy.device)
 
     # Wiring
 

@@ -215,6 +215,15 @@ def test_a_failed_prompt_without_a_target_stays_with_ppo():
     assert rows == [0] and plan.examples == (encoded(),)
 
 
+def test_a_rollout_whose_prompts_all_fail_makes_no_ppo_update(tokenizer):
+    trainer = trainer_of("gate", tokenizer)
+    rollout = trainer.rollout(next(trainer.prompts))
+    before = weights(trainer).clone()
+    metrics = trainer.joint_step(rollout, rows=torch.tensor([], dtype=torch.long))
+    assert torch.equal(weights(trainer), before)
+    assert metrics["reward"] == pytest.approx(rollout.score.mean().item()) and "policy_loss" not in metrics
+
+
 def test_one_epoch_and_one_minibatch_of_ppo_is_a2c(tokenizer):
     runs = []
     for clip in (0.2, None):

@@ -22,7 +22,7 @@ class ReviewSentiment(TextClassifier):
     Source: LearnedRewardMetric of rl4lms/envs/text_generation/metric.py.
     """
 
-    reads = ("response", "prompt", "item")
+    reads = ("response", "prompt", "item")  # type: ignore[assignment]
 
     def _load(self, device: torch.device) -> tuple[Classifier, int]:
         classifier, index = super()._load(device)

@@ -27,6 +27,7 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(ROOT)
 
 import torch  # noqa: E402
+from transformers.utils import logging  # noqa: E402
 
 import benchmarks.suites.reward  # noqa: E402, F401 - registers review_sentiment
 from benchmarks.mixing_report import interval  # noqa: E402
@@ -49,6 +50,7 @@ COLUMNS = {
     "token_f1": "token F1",
 }
 MOST_SEEDS = 10  # as far as the quantiles of `interval` go
+RESULTS = ROOT / "benchmarks" / "results"
 NUM_SAMPLES = 4  # responses of each run that the result keeps
 
 Run = dict[str, Any]
@@ -57,6 +59,7 @@ Run = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 when the suite was run, 2 for bad input, with a line that says what."""
     args = _parser().parse_intermixed_args(argv)
+    logging.disable_progress_bar()
     try:
         _run_suite(args)
     except InputError as error:
@@ -90,6 +93,7 @@ def _run_suite(args: argparse.Namespace) -> None:
         arms[name] = known[name]
     make_reward(config.reward)
     check_hub(config)
+    assert config.model.name is not None
     tokenizer = load_tokenizer(config.model.name)
     config, train, test, text = _prepared(suite, config, tokenizer)
     result = {"suite": args.suite, "smoke": args.smoke, **_circumstances(config), **_known_of(suite)}
@@ -103,11 +107,14 @@ def _run_suite(args: argparse.Namespace) -> None:
             metrics, samples = measured(policy, seeded, tokenizer, test, text)
             runs.append({"arm": arm, "seed": seed, "metrics": metrics, "samples": samples[:NUM_SAMPLES]})
             if file is not None:
-                file.write_text(json.dumps({**result, "runs": runs}, indent=1, default=str) + "\n", encoding="utf-8")
-    print(f"\n{_table(suite, runs)}")
+                file.write_text(json.dumps({**result, "runs": runs}, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{_table(suite, runs)}\n")
     if suite.source:
-        print(f"\npublished: {suite.source}")
-    print(f"wrote {file}" if file is not None else "nothing written: --smoke without --output")
+        print(f"published: {suite.source}")
+    if args.smoke:
+        print("--smoke: a few steps on stand-ins, whose numbers say nothing but that it runs")
+    if file is not None:
+        print(f"wrote {file}")
 
 
 def _config(args: argparse.Namespace) -> HybridConfig:
@@ -125,9 +132,11 @@ def _prepared(suite: Suite, config: HybridConfig, tokenizer: Any) -> tuple[Hybri
     data = replace(config.data, train=None, eval=None, eval_fraction=0.0, filter=None, limit=None)
     text = "\n\n".join(example.target for example in test) if suite.running_text else None
     if suite.prepare is None:
-        return replace(config, data=data), *([dict(e.item) for e in part] for part in (train, test)), text
-    rows = (suite.prepare(part, tokenizer, config.data) for part in (train, test))
-    return replace(config, data=replace(data, text=None, prompt="prompt", target="target")), *rows, text
+        train_rows, test_rows = ([dict(example.item) for example in part] for part in (train, test))
+    else:
+        train_rows, test_rows = (suite.prepare(part, tokenizer, config.data) for part in (train, test))
+        data = replace(data, text=None, prompt="prompt", target="target")
+    return replace(config, data=data), train_rows, test_rows, text
 
 
 def _circumstances(config: HybridConfig) -> dict[str, Any]:
@@ -149,9 +158,11 @@ def _known_of(suite: Suite) -> dict[str, Any]:
 
 def _result_file(args: argparse.Namespace, device: str) -> Path | None:
     if args.output is not None:
+        if not Path(args.output).parent.is_dir():
+            raise InputError(f"--output {args.output!r}: there is no such folder")
         return Path(args.output)
     name = f"suite-{args.suite}-{device.replace(' ', '-').lower()}.json"
-    return None if args.smoke else ROOT / "benchmarks" / "results" / name
+    return None if args.smoke else RESULTS / name
 
 
 def _table(suite: Suite, runs: Sequence[Run]) -> str:

@@ -52,7 +52,7 @@ SENTENCES = {
 SMOKE = {
     "model.name": str(DATA / "stories260k" / "hf"),
     "data.limit": 64,
-    "data.max_length": 256,
+    "data.max_length": 512,
     "mixing.cycles": 2,
     "mixing.sft_steps_per_cycle": 1,
     "sft.batch_size": 8,
@@ -93,7 +93,8 @@ SUITES = {
         smoke={
             "data.train": str(DATA / "wikitext2" / "valid.txt"),
             "data.eval": str(DATA / "wikitext2" / "test.txt"),
-            "data.max_length": 512,
+            "data.limit": 24,  # paragraphs, which are long
+            "eval.num_prompts": 6,
         },
     ),
     "own_data": Suite(
@@ -114,7 +115,7 @@ def suite_config(name: str, overrides: Sequence[str] = (), *, smoke: bool = Fals
     if smoke:
         if not DATA.is_dir():
             raise InputError(f"--smoke needs the small models and data in {DATA}, which is not there")
-        stand_ins = SMOKE | SUITES[name].smoke
+        stand_ins = {**SMOKE, **SUITES[name].smoke}
     # JSON is YAML.
     pairs = [f"{key}={json.dumps(value)}" for key, value in stand_ins.items()]
     return HybridConfig.from_file(HERE / f"{name}.yaml", [*pairs, *overrides])

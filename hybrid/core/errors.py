@@ -15,7 +15,7 @@ class InputError(ValueError):
 
 
 class RunStopped(RuntimeError):
-    """A run cannot go on, through no fault of its input: updates that are not finite, a policy that diverged, no memory.
+    """A run cannot go on: its updates are not finite, its policy has diverged, or the memory is too small.
 
     The message says why and what to change; the command line prints it alone and exits with status 1.
     """

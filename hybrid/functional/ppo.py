@@ -129,7 +129,7 @@ def policy_loss(
         loss = torch.where(advantage < 0, torch.minimum(loss, -dual_clip * advantage), loss)
     if weight is not None:
         check_same_shape(weight=weight, mask=mask)
-        loss = loss * weight.detach().masked_fill(~mask, 0.0)
+        loss = loss * weight.detach()
 
     if aggregation == "sequence_mean":
         loss = loss / mask.sum(1, keepdim=True).clamp(min=1)

@@ -4,6 +4,7 @@ from hybrid.models.adapt import LoraConfig, add_lora, require, under_adapter
 from hybrid.models.backbone import Backbone, context_length
 from hybrid.models.heads import ValueHead
 from hybrid.models.policy import VALUE_HEAD_FILE, Policy, PolicyOutput, before_response, response_stats
+from hybrid.models.recompute import recompute_activations
 from hybrid.models.reference import Reference
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "add_lora",
     "before_response",
     "context_length",
+    "recompute_activations",
     "require",
     "response_stats",
     "under_adapter",

@@ -1,9 +1,11 @@
 """A Hugging Face causal LM taken apart at the seam PPO needs: hidden states here, the head's weight there."""
 
 import inspect
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hybrid.core import InputError, first_line
@@ -40,9 +42,11 @@ class Backbone(nn.Module):
         round away in bfloat16 weights, and autocast gives the speed without that."""
         from transformers import AutoModelForCausalLM
 
+        # Not even asked about: code that comes with a model is run for who says so in kwargs.
+        options = {"trust_remote_code": False} | kwargs
         try:
-            return cls(AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **kwargs))
-        except (OSError, ValueError) as error:
+            return cls(AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **options))
+        except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
             message = f"model {str(name_or_path)!r} not found, or not a causal language model: {first_line(error)}"
             raise InputError(message) from error
 

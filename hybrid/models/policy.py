@@ -22,7 +22,7 @@ from hybrid.models.adapt import (
 )
 from hybrid.models.backbone import Backbone
 from hybrid.models.heads import ValueHead
-from hybrid.run.checkpoint import filled_folder
+from hybrid.run.checkpoint import disk_errors, filled_folder
 
 __all__ = ["Policy", "PolicyOutput", "before_response", "response_stats"]
 
@@ -96,7 +96,8 @@ class Policy(nn.Module):
         from safetensors.torch import load_file
 
         if (folder / VALUE_HEAD_FILE).is_file():
-            self.value_head.load_state_dict(load_file(folder / VALUE_HEAD_FILE))
+            with disk_errors(f"read the value head {str(folder / VALUE_HEAD_FILE)!r}"):
+                self.value_head.load_state_dict(load_file(folder / VALUE_HEAD_FILE))
         if holds_adapter(folder):
             load_adapter(self.backbone.model, folder)
 

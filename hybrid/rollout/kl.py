@@ -20,13 +20,18 @@ class KLConfig:
     target: float = 6.0  # nats per response
     horizon: float = 10_000  # responses; how slowly the coefficient moves
     in_loss: bool = False  # penalise in the loss instead of in the reward (k2 or k3)
+    limit: float | None = None  # nats per response; a run whose KL stays beyond it has diverged, and is stopped
+    patience: int = 3  # after so many rollouts in a row beyond `limit`
 
     def __post_init__(self) -> None:
         if not self.coef >= 0:
             raise ValueError(f"KLConfig.coef must be >= 0, got {self.coef}")
-        for name in ("target", "horizon"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"KLConfig.{name} must be > 0, got {getattr(self, name)}")
+        for name in ("target", "horizon", "limit"):
+            number = getattr(self, name)
+            if number is not None and not number > 0:
+                raise ValueError(f"KLConfig.{name} must be > 0, got {number}")
+        if self.patience < 1:
+            raise ValueError(f"KLConfig.patience must be >= 1, got {self.patience}")
         if self.in_loss and self.kind not in ("k2", "k3"):
             # The gradient of k1 on sampled tokens is zero in expectation; full would need the reference's
             # hidden states in every minibatch.

@@ -6,7 +6,7 @@ from hybrid.run.compare import comparison_table, write_comparison
 from hybrid.run.report import BETTER, Summary, SummaryRow, summary, summary_table, write_report
 from hybrid.run.signals import stop_requested
 from hybrid.run.state_file import load_state, save_state
-from hybrid.run.track import CHECKPOINTS, CONFIG, EXPORT, RunLog, check_unlocked, open_run_folder, read_jsonl
+from hybrid.run.track import CHECKPOINTS, CONFIG, EXPORT, SAMPLES, RunLog, check_unlocked, open_run_folder, read_jsonl
 from hybrid.run.trackers import Trackers, check_trackers, make_trackers
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "CONFIG",
     "EXPORT",
     "MANIFEST",
+    "SAMPLES",
     "CheckpointConfig",
     "Checkpoints",
     "RunLog",

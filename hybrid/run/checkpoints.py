@@ -92,7 +92,7 @@ class Checkpoints:
         folder = self.folder / f"step-{step:d}"
         saving = disk_errors(f"save the checkpoint {str(folder)!r}", "; those before it are as they were")
         try:
-            self._clear()
+            self.clear()
             with saving, filled_folder(folder) as temporary:
                 write(temporary)
                 _write_manifest(temporary, step, metrics or {})
@@ -101,7 +101,7 @@ class Checkpoints:
                     folder.rename(self._hidden(step, _BEFORE))
         finally:
             # An old one whose place stayed empty goes back, one that was replaced goes.
-            self._clear()
+            self.clear()
         self._rotate(step)
         return folder
 
@@ -183,8 +183,8 @@ class Checkpoints:
             except OSError as error:
                 warnings.warn(f"cannot delete the old checkpoint of step {step}: {error}", stacklevel=3)
 
-    def _clear(self) -> None:
-        """Remove what a save that was killed has left, and put back what it had moved aside."""
+    def clear(self) -> None:
+        """Remove what a save that was killed has left, and put back what it had moved aside. `save` does so first."""
         for path in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
             if found := _HIDDEN.fullmatch(path.name):
                 place = self.folder / f"step-{found[1]}"

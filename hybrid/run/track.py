@@ -54,7 +54,8 @@ def open_run_folder(path: str | Path) -> Path:
             f"cannot write to the output folder {str(folder)!r}: {error.strerror}; name another one"
         ) from error
     for name in (METRICS, CONFIG):
-        if (folder / name).exists():
+        # An empty one is of a run that was killed before it wrote its config.
+        if (folder / name).exists() and (folder / name).stat().st_size:
             raise InputError(
                 f"the output folder {str(folder)!r} already holds a run ({name}); "
                 f"name another one with run.output=FOLDER, or go on with it: hybrid train --resume {folder}"
@@ -167,8 +168,8 @@ class RunLog:
 
     def sizes(self) -> dict[str, int]:
         """The bytes of each file by now, all of them on the disk: where a resumed run goes on."""
-        for name, file in self._files.items():
-            with disk_errors(f"write to {str(self.folder / name)!r}"):
+        for file in self._files.values():
+            with disk_errors(f"write to {str(file.name)!r}"):
                 os.fsync(file.fileno())
         return {name: file.tell() for name, file in self._files.items()}
 

@@ -69,7 +69,8 @@ def minibatches(num_rows: int, config: PPOConfig, generator: torch.Generator | N
     then meet in the same forward as when their old log-probs were computed, so the first ratios are exactly
     1. Later epochs are shuffled.
     """
-    for epoch in range(config.epochs):
+    # A split of nothing has one part, which is empty.
+    for epoch in range(config.epochs if num_rows else 0):
         order = torch.arange(num_rows) if epoch == 0 else torch.randperm(num_rows, generator=generator)
         yield from order.split(config.minibatch_size)
 

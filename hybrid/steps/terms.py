@@ -8,7 +8,8 @@ from typing import Any
 from hybrid.core import Batch, InputError, Rollout
 from hybrid.models import Policy
 from hybrid.steps.accumulate import Loss, Term
-from hybrid.steps.ppo import Divisors, PPOConfig, ppo_batch_loss
+from hybrid.steps.ppo import Divisors, ppo_batch_loss
+from hybrid.steps.ppo_config import PPOConfig
 from hybrid.steps.sft import SFTConfig, sft_batch_loss
 
 __all__ = ["ppo_term", "sft_term"]

@@ -105,4 +105,3 @@ def scaled_lr(optimizer: torch.optim.Optimizer, factor: float) -> Iterator[None]
     finally:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-
