@@ -2,7 +2,7 @@
 
     python benchmarks/mixing.py --jobs 2     # all tasks, arms and seeds; goes on where it was stopped
     python benchmarks/mixing.py --tasks digits --arms sequential joint --seeds 3
-    python benchmarks/mixing.py --sweep      # the learning rates of sft_only and rl_only, on validation data
+    python benchmarks/mixing.py --sweep      # the learning rates of sft_only and rl_only_kl, on validation data
     python benchmarks/mixing.py --quick      # to see that it runs; writes no result
 
 Every run is on one thread of one process. A finished run stays in WORK (runs/mixing) and is not made again while its
@@ -27,16 +27,17 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-from mixing_report import draw, sweep_table, table  # noqa: E402
-from mixing_run import ARMS, Lengths, arm_config, base_of, run  # noqa: E402
-from mixing_tasks import DATA, TASKS, Pretraining, Task, prepare  # noqa: E402
+# A script's own folder comes first on the path, and transformers imports a package called `kernels`, not our file.
+if Path(sys.path[0]).resolve() == HERE:
+    sys.path[0] = str(HERE.parent)
 
-# transformers does `import kernels` and means another package: it must not find our file.
-sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != HERE]
+from benchmarks.mixing_report import draw, sweep_table, table  # noqa: E402
+from benchmarks.mixing_run import ARMS, Lengths, arm_config, base_of, run  # noqa: E402
+from benchmarks.mixing_tasks import DATA, TASKS, Pretraining, Task, prepare  # noqa: E402
 
 RESULT = HERE / "results" / "mixing-cpu-1-thread.json"
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+# Learning rates of the sweep, for each family.
+RATES = {"sft_only": (1e-4, 3e-4, 1e-3, 3e-3), "rl_only_kl": (3e-5, 1e-4, 3e-4, 1e-3)}
 SWEEP_SEED = 100
 
 
@@ -70,13 +71,13 @@ def main() -> None:
     sweep = [
         Job(work, task, arm, SWEEP_SEED, lr, arguments.quick)
         for task in arguments.tasks
-        for arm in ("sft_only", "rl_only")
-        for lr in RATES
+        for arm, rates in RATES.items()
+        for lr in rates
     ]
     if arguments.sweep:
         print(sweep_table(list(_results(sweep, arguments.jobs))))
         return
-    results = list(_results(study, arguments.jobs))
+    results = sorted(_results(study, arguments.jobs), key=lambda run: (list(ARMS).index(run["arm"]), run["seed"]))
     print(table(bases + results))
     if not arguments.quick:
         done = [json.loads(job.file.read_text(encoding="utf-8")) for job in sweep if job.file.is_file()]
@@ -126,7 +127,7 @@ def _results(jobs: Sequence[Job], processes: int) -> Iterator[dict[str, Any]]:
             result = future.result()
             metrics = result["metrics"]
             print(
-                f"{number}/{len(jobs)} {result['task']} {result['arm']} seed {result['seed']}: "
+                f"{number}/{len(jobs)} {result['task']} {result['arm']} {result['lr'] or 'seed'} {result['seed']}: "
                 f"reward {metrics['reward']:.3f}, SFT loss {metrics['sft_loss']:.3f}, {result['cpu_seconds']:.0f} s",
                 file=sys.stderr,
             )
@@ -164,7 +165,6 @@ def _save(file: Path, result: dict[str, Any]) -> None:
 
 
 def _write(bases: list[dict[str, Any]], runs: list[dict[str, Any]], sweep: list[dict[str, Any]]) -> None:
-    runs.sort(key=lambda run: (run["task"], list(ARMS).index(run["arm"]), run["seed"]))
     tasks = {}
     for base in bases:
         task, config = base["task"], next(run["config"] for run in runs if run["task"] == base["task"])

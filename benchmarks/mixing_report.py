@@ -51,7 +51,7 @@ def _task_table(task: str, runs: Sequence[Run]) -> str:
         cells = [_number(*interval([run["metrics"][name] for run in own])) for name in columns]
         cells += [_difference(own, baseline, name) for name in compared]
         lines.append([arm, *cells, *_cost(own)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return _markdown(lines)
 
 
 def _difference(runs: Sequence[Run], baseline: Sequence[Run], metric: str) -> str:
@@ -78,21 +78,31 @@ def _number(mean: float, half: float, sign: str = "") -> str:
 
 
 def sweep_table(runs: Sequence[Run]) -> str:
-    """Markdown: what each learning rate gave, on validation data; the best of its arm in bold."""
-    lines = ["| task | arm | learning rate | reward | SFT loss | KL |", "| --- | --- | --- | --- | --- | --- |"]
+    """Markdown: what each learning rate gave, on validation data.
+
+    The best in bold: of sft_only the lowest SFT loss, of rl_only_kl the highest of what PPO maximises,
+    reward - kl.coef * KL. The reward alone would favour a policy that has forgotten the language.
+    """
+    titles = ["task", "arm", "learning rate", "SFT loss", "reward", "KL", "reward - coef KL"]
+    lines = [titles, ["---"] * len(titles)]
     for task, of_task in _by(runs, "task").items():
         for arm, own in _by(of_task, "arm").items():
-            key = (lambda run: run["metrics"]["sft_loss"]) if arm == "sft_only" else _minus_reward
-            best = min(own, key=key)
+            best = (
+                min(own, key=lambda run: run["metrics"]["sft_loss"]) if arm == "sft_only" else max(own, key=_objective)
+            )
             for run in sorted(own, key=lambda run: run["lr"]):
                 rate = f"**{run['lr']:g}**" if run is best else f"{run['lr']:g}"
-                metrics = [f"{run['metrics'][name]:.3f}" for name in ("reward", "sft_loss", "kl")]
-                lines.append(f"| {task} | {arm} | {rate} | {' | '.join(metrics)} |")
-    return "\n".join(lines)
+                numbers = [*(run["metrics"][name] for name in ("sft_loss", "reward", "kl")), _objective(run)]
+                lines.append([task, arm, rate, *(f"{number:.3f}" for number in numbers)])
+    return _markdown(lines)
 
 
-def _minus_reward(run: Run) -> float:
-    return -run["metrics"]["reward"]
+def _objective(run: Run) -> float:
+    return run["metrics"]["reward"] - run["config"]["kl"]["coef"] * run["metrics"]["kl"]
+
+
+def _markdown(lines: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def draw(runs: Sequence[Run], titles: Mapping[str, str], file: Path) -> None:
@@ -111,7 +121,14 @@ def draw(runs: Sequence[Run], titles: Mapping[str, str], file: Path) -> None:
             (x, x_half), (y, y_half) = (
                 interval([run["metrics"][name] for run in same]) for name in ("sft_loss", "reward")
             )
-            marker = {"base": "x", "sft_only": "s", "rl_only": "^", BASELINE: "D"}.get(arm, "o")
+            marker = {
+                "base": "x",
+                "sft_only": "s",
+                "rl_only": "^",
+                "rl_only_kl": "v",
+                BASELINE: "D",
+                "sequential_kl": "d",
+            }.get(arm, "o")
             axes.errorbar(
                 x, y, xerr=_drawn(x_half), yerr=_drawn(y_half), color=colours[arm], marker=marker, label=arm,
                 capsize=2, linewidth=1, markersize=7,

@@ -9,11 +9,12 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from mixing_tasks import SEED, Task, Work
 
+from benchmarks.mixing_tasks import SEED, Task, Work
 from hybrid import HybridConfig, HybridTrainer
 from hybrid.core import Rollout
 from hybrid.mixing import Plan, Strategy, make_strategy
+from hybrid.models import Reference
 
 __all__ = ["ARMS", "Lengths", "arm_config", "base_of", "run"]
 
@@ -49,9 +50,11 @@ def _joint(n: Lengths, token_weight: str = "one", strategy: str = "joint", **fie
 ARMS: dict[str, Callable[[Lengths], dict[str, Any]]] = {
     "sft_only": lambda n: {"mixing": {"strategy": "sequential", "sft_steps": ENOUGH, "ppo_steps": 0}},
     "rl_only": lambda n: {"mixing": {"strategy": "sequential", "sft_steps": 0, "ppo_steps": ENOUGH}},
+    "rl_only_kl": lambda n: ARMS["rl_only"](n),
     "sequential": lambda n: {
         "mixing": {"strategy": "sequential", "sft_steps": round(n.sft / 2), "ppo_steps": ENOUGH}
     },
+    "sequential_kl": lambda n: ARMS["sequential"](n),
     "alternate": lambda n: {
         "mixing": {"strategy": "alternate", "cycles": round(n.ppo), "sft_steps_per_cycle": n.per_cycle}
     },
@@ -80,6 +83,10 @@ ARMS: dict[str, Callable[[Lengths], dict[str, Any]]] = {
     },
 }  # fmt: skip
 
+# Baselines that PPO's penalty holds close to the policy as it was when PPO began: of sequential, to the SFT model.
+# The other arms have no penalty: where SFT goes on, a reference that stands still punishes what it teaches.
+HELD = ("rl_only_kl", "sequential_kl")
+
 
 def arm_config(
     task: Task, work: Work, arm: str, lengths: Lengths, *, seed: int, lr: float | None = None
@@ -90,7 +97,8 @@ def arm_config(
     """
     if lr is not None:
         task = replace(task, sft_lr=lr, ppo_lr=lr)
-    return _config(task, work, ARMS[arm](lengths), seed, "test" if lr is None else "validation")
+    sections = {**ARMS[arm](lengths), "kl": {"coef": task.kl_coef if arm in HELD else 0.0}}
+    return _config(task, work, sections, seed, "test" if lr is None else "validation")
 
 
 def _config(task: Task, work: Work, arm: Mapping[str, Any], seed: int, part: str) -> HybridConfig:
@@ -111,14 +119,17 @@ class Metered(HybridTrainer):
 
     trained: tokens, prompt included and padding not, that went through a forward pass with a gradient, once for each
         pass; `trained_ppo` of them in PPO minibatches.   generated: tokens that were sampled for training.
+    Rollouts are held to the policy that drew the first of them; evaluations find the KL to the base model.
     evaluation_seconds: on the wall's clock and the processor's, which are not the training's.
     """
 
-    def __init__(self, config: HybridConfig):
-        super().__init__(config=config)
+    def __init__(self, *given: Any, **options: Any):
+        super().__init__(*given, **options)
         self.trained = self.trained_ppo = self.generated = 0
         self.last_evaluation: Evaluation = ({}, [])
         self.evaluation_seconds = (0.0, 0.0)
+        self.base = self.references
+        self.start: list[Reference] | None = None
         self.policy.backbone.register_forward_pre_hook(self._count)
         # The PPO loss calls the whole policy, for its values; the supervised loss the backbone alone.
         self.policy.register_forward_pre_hook(self._count_ppo)
@@ -129,12 +140,16 @@ class Metered(HybridTrainer):
         return self.trained + self.generated
 
     def rollout(self, prompts: Any) -> Rollout:
+        if self.start is None:
+            self.start = [Reference.from_policy(self.policy)]
+        self.references = self.start
         rollout = super().rollout(prompts)
         self.generated += rollout.num_tokens
         return rollout
 
     def evaluation(self) -> Evaluation:
         wall, cpu = time.perf_counter(), time.process_time()
+        self.references = self.base
         self.last_evaluation = super().evaluation()
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         self.evaluation_seconds = (self.evaluation_seconds[0] + wall, self.evaluation_seconds[1] + cpu)
@@ -164,7 +179,7 @@ def _until(strategy: Strategy, spent: Callable[[], int], budget: int) -> Strateg
 
 def base_of(task: Task, work: Work) -> dict[str, Any]:
     """The base model: its `metrics` on the test data, and the `lengths` (see `Lengths`) of runs that start from it."""
-    trainer = Metered(_config(task, work, {"mixing": {"strategy": "alternate"}}, SEED, "test"))
+    trainer = Metered(config=_config(task, work, {"mixing": {"strategy": "alternate"}}, SEED, "test"))
     metrics = measured(task, trainer.evaluation())
     # PPO first: its responses are then as long as the base model's.
     trainer.ppo_step(trainer.rollout(next(trainer.prompts)))
@@ -179,7 +194,7 @@ def base_of(task: Task, work: Work) -> dict[str, Any]:
 
 def run(task: Task, config: HybridConfig) -> dict[str, Any]:
     """Train to the end of the budget; what the evaluation behind it finds, and what it all took."""
-    trainer = Metered(config)
+    trainer = Metered(config=config)
     trainer.strategy = _until(make_strategy(config.mixing), lambda: trainer.spent, task.budget)
     wall, cpu = time.perf_counter(), time.process_time()
     with redirect_stdout(StringIO()):

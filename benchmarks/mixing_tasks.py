@@ -40,6 +40,7 @@ class Task:
         `pretrain`, the language of the base model.
     base: how the base model is made, or the folder of one.
     settings: config sections that all arms share.   budget: tokens of a run, see `mixing.Metered`.
+    kl_coef: of the arms that have a KL penalty.
     sft_lr, ppo_lr: the best of `mixing.py --sweep`.   is_hard: prompts whose reward is also reported alone.
     """
 
@@ -48,6 +49,7 @@ class Task:
     base: Pretraining | Path
     settings: Mapping[str, Any]
     budget: int
+    kl_coef: float
     sft_lr: float
     ppo_lr: float
     is_hard: Callable[[str], bool] | None = None
@@ -157,11 +159,11 @@ TASKS = {
             "sampling": {"max_new_tokens": 32},
             "sft": {"batch_size": 32},
             "ppo": {**PPO, "entropy_coef": 0.02},
-            "kl": {"coef": 0.05},
         },
-        budget=300_000,
+        kl_coef=0.05,
+        budget=200_000,
         sft_lr=3e-4,
-        ppo_lr=3e-4,
+        ppo_lr=1e-4,
     ),
     "digits": Task(
         about="sort 3 to 8 digits, after a base that knows 2 to 4; reward: 1 for the exact answer",
@@ -174,11 +176,11 @@ TASKS = {
             "sampling": {"max_new_tokens": 10},
             "sft": {"batch_size": 32},
             "ppo": PPO,
-            "kl": {"coef": 0.01},
         },
-        budget=160_000,
-        sft_lr=5e-4,
-        ppo_lr=3e-4,
+        kl_coef=0.01,
+        budget=200_000,
+        sft_lr=1e-3,
+        ppo_lr=1e-4,
         is_hard=lambda prompt: len(prompt.rstrip(">")) >= 6,
     ),
     "films": Task(
@@ -191,10 +193,10 @@ TASKS = {
             "sampling": {"max_new_tokens": 32},
             "sft": {"batch_size": 32},
             "ppo": {**PPO, "entropy_coef": 0.01},
-            "kl": {"coef": 0.05},
         },
-        budget=300_000,
+        kl_coef=0.05,
+        budget=250_000,
         sft_lr=1e-3,
-        ppo_lr=3e-4,
+        ppo_lr=1e-4,
     ),
 }

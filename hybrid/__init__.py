@@ -7,7 +7,7 @@ trainer.train()
 """
 
 from hybrid.config import HybridConfig, ModelConfig, ReferenceConfig, RunConfig
-from hybrid.core import Batch, Encoded, Example, InputError, Rollout
+from hybrid.core import Batch, Encoded, Example, InputError, Rollout, RunStopped
 from hybrid.data import DataConfig, Loader
 from hybrid.evaluate import EvalConfig
 from hybrid.mixing import make_strategy, register_strategy
@@ -48,6 +48,7 @@ __all__ = [
     "RewardError",
     "Rollout",
     "RunConfig",
+    "RunStopped",
     "SFTConfig",
     "SamplingConfig",
     "ScoreConfig",

@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What the user's own function raised keeps its traceback.
         if error.__cause__ is not None and not isinstance(error.__cause__, RewardError):
             traceback.print_exception(error.__cause__)
-        print("hybrid:", error, *getattr(error, "__notes__", []), file=sys.stderr)
+        said = [str(error), *getattr(error, "__notes__", [])]
+        print("hybrid:", ". ".join(text.rstrip(".") for text in said), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("hybrid: stopped", file=sys.stderr)

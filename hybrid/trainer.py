@@ -365,11 +365,12 @@ class HybridTrainer:
     def _collect_options(self) -> dict[str, Any]:
         """What `collect` and `assemble` take from the config alike."""
         config = self.config
+        size = config.ppo.microbatch_size or config.ppo.minibatch_size
         return {
             "score": config.score,
             "kl_coef": 0.0 if config.kl.in_loss else self.kl.coef,
             "kl_kind": config.kl.kind,
-            "microbatch_size": config.ppo.microbatch_size or config.ppo.minibatch_size,
+            "microbatch_size": min(size, self.updater.row_limits.get("ppo", size)),  # as PPO's: first ratios are 1
         }
 
     @property

@@ -44,6 +44,7 @@ class Forks:
             stdout=subprocess.PIPE,
             text=True,
         )
+        self._ask({"ready": True})
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -107,7 +108,9 @@ def serve(folder: Path) -> None:
     process = 0
     for line in sys.stdin:
         request = json.loads(line)
-        if not request:
+        if "ready" in request:
+            print(0, flush=True)
+        elif not request:
             print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
         elif process := os.fork():
             print(process, flush=True)

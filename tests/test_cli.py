@@ -136,7 +136,7 @@ def test_bad_data_is_one_line_and_status_2(config, tmp_path, text, message, caps
 
 def test_a_folder_that_holds_a_run_is_refused(config, tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
     assert main(["train", str(config)]) == 2
     assert "already holds a run" in capsys.readouterr().err
 

@@ -178,7 +178,11 @@ def test_what_cannot_be_resumed_is_refused(tmp_path, capsys):
     with pytest.raises(InputError, match=r"holds no run: it has no config\.yaml"):
         HybridTrainer.resume(tmp_path)
     (tmp_path / "config.yaml").write_text("{}")
-    with pytest.raises(InputError, match="cannot be resumed: there is no whole checkpoint"):
+    (tmp_path / CHECKPOINTS / "step-1").mkdir(parents=True)
+    with (
+        pytest.warns(UserWarning, match="skipped a broken checkpoint"),
+        pytest.raises(InputError, match="cannot be resumed: no checkpoint in its checkpoints folder is whole"),
+    ):
         HybridTrainer.resume(tmp_path)
     for arguments in ([], ["config.yaml", "--resume", str(tmp_path)]):
         assert main(["train", *arguments]) == 2

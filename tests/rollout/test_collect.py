@@ -142,6 +142,11 @@ def test_a_skipped_response_leaves_its_group_smaller(policy, tokenizer):
     assert rollout.score.tolist() == [1.0, 3.0, 4.0]
 
 
+def test_the_log_probs_of_a_skipped_response_are_left_out_with_it(policy, tokenizer):
+    rollout = collect(policy, [], scores_in_turn(1.0, None, 3.0), examples(), tokenizer=tokenizer)
+    torch.testing.assert_close(rollout.sampling_logprob, rollout.old_logprob, atol=1e-5, rtol=0)
+
+
 def test_every_prompt_is_answered_as_often_as_asked(policy, tokenizer):
     rollout = rolled(policy, [], tokenizer, samples_per_prompt=3)
     assert rollout.prompts == ("prompt 0",) * 3 + ("prompt 1",) * 3 + ("prompt 2",) * 3

@@ -125,7 +125,7 @@ def test_new_run_folder_is_created_with_its_parents(tmp_path):
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml"])
 def test_folder_that_holds_a_run_is_refused(tmp_path, name):
-    (tmp_path / name).touch()
+    (tmp_path / name).write_text("{}")
     with pytest.raises(InputError, match=f"already holds a run .{name}.*name another"):
         open_run_folder(tmp_path)
 
@@ -162,12 +162,15 @@ def test_broken_line_that_is_not_cut_off_is_refused_by_number(tmp_path, line):
         read_jsonl(path)
 
 
-def test_rows_after_the_step_that_a_run_goes_on_from_are_left_out(tmp_path):
+def test_rows_after_those_that_a_checkpoint_counted_are_left_out(tmp_path):
     with RunLog(tmp_path, total_steps=None, live=False) as log:
         for step in (1, 2, 3):
             log.step({"step": step, "phase": "sft"})
             log.samples([{"step": step, "phase": "ppo", "response": "a\ud800"}])
-    with RunLog(tmp_path, total_steps=None, live=False, step=2) as log:
+            if step == 2:
+                sizes = log.sizes()
+    with RunLog(tmp_path, total_steps=None, live=False, kept=sizes) as log:
+        assert log.sizes() == sizes
         log.step({"step": 3, "phase": "ppo"})
     assert [row["phase"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == ["sft", "sft", "ppo"]
     assert [row["step"] for row in read_jsonl(tmp_path / "samples.jsonl")] == [1, 2]
@@ -181,6 +184,22 @@ def test_a_second_log_of_one_folder_is_refused(tmp_path):
     ):
         pass
     with RunLog(tmp_path, total_steps=None, live=False):
+        pass
+
+
+def test_rows_that_were_lost_after_they_were_counted_stay_lost(tmp_path):
+    with RunLog(tmp_path, total_steps=None, live=False) as log:
+        log.step({"step": 1, "phase": "sft"})
+    with RunLog(tmp_path, total_steps=None, live=False, kept={"metrics.jsonl": 1000}) as log:
+        log.step({"step": 2, "phase": "sft"})
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml"])
+def test_a_new_log_of_a_folder_that_has_got_a_run_meanwhile_is_refused(tmp_path, name):
+    log = RunLog(tmp_path, total_steps=None, live=False, new=True)
+    (tmp_path / name).write_text("{}\n")
+    with pytest.raises(InputError, match="already holds a run"), log:
         pass
 
 

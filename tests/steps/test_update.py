@@ -1,13 +1,15 @@
-"""One optimizer step: accumulation, clipping, skipped steps, the phase's rate."""
+"""One optimizer step: the gradient of parts, clipping, skipped steps, the phase's rate."""
 
 import pytest
 import torch
 from tiny import tiny_model
+from torch.utils._pytree import tree_leaves
 
 from hybrid.core import Encoded
 from hybrid.data import collate, pack
 from hybrid.models import Policy
-from hybrid.steps import GradientConfig, SFTConfig, over_updates, scaled_lr, sft_batch_loss, split, update
+from hybrid.optim import make_optimizer
+from hybrid.steps import GradientConfig, SFTConfig, Term, over_updates, scaled_lr, sft_batch_loss, split, update
 
 
 @pytest.fixture
@@ -69,7 +71,7 @@ def test_an_sft_step_leaves_the_value_head_bit_identical(policy):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1, weight_decay=0.1)
     for _ in range(2):
         batch = collate(encoded(6, 4), pad_id=0)
-        update(policy, optimizer, [batch], lambda b: sft_batch_loss(policy, b, SFTConfig()))
+        update(policy, optimizer, [Term("sft", batch, lambda b: sft_batch_loss(policy, b, SFTConfig()))])
     assert all(torch.equal(x, before[name]) for name, x in policy.value_head.state_dict().items())
 
 
@@ -79,14 +81,8 @@ def linear_step(loss, *, lr_factor=1.0, max_grad_norm=1.0):
     torch.nn.init.ones_(module.weight)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
     batch = collate(encoded(4), pad_id=0)
-    metrics = update(
-        module,
-        optimizer,
-        [batch],
-        lambda _: (loss(module.weight), {}),
-        lr_factor=lr_factor,
-        max_grad_norm=max_grad_norm,
-    )
+    term = Term("sft", batch, lambda _: (loss(module.weight), {}))
+    metrics = update(module, optimizer, [term], lr_factor=lr_factor, max_grad_norm=max_grad_norm)
     return module.weight.item(), metrics, optimizer
 
 
@@ -103,11 +99,46 @@ def test_the_phase_factor_scales_the_step_and_leaves_the_optimizer_as_it_was():
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
-@pytest.mark.parametrize("loss", [lambda w: w.sum() * float("nan"), lambda w: (w - 1).sum().sqrt()])
-def test_a_loss_or_gradient_that_is_not_finite_changes_no_weight(loss):
-    weight, metrics, _ = linear_step(loss)
-    assert weight == 1.0
-    assert metrics["skipped"] == 1.0
+def test_terms_add_up_by_their_coefficients_and_each_ones_loss_is_told():
+    module = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(module.weight)
+    batch = collate(encoded(4), pad_id=0)
+    terms = [
+        Term("one", batch, lambda _: (3 * module.weight.sum(), {}), coef=0.5),
+        Term("two", batch, lambda _: (5 * module.weight.sum(), {}), coef=2.0),
+    ]
+    metrics = update(module, torch.optim.SGD(module.parameters(), lr=0.1), terms, max_grad_norm=100.0)
+    assert (metrics["one_loss"], metrics["two_loss"], metrics["loss"]) == (3.0, 5.0, 11.5)
+    assert metrics["grad_norm"] == 11.5
+    assert module.weight.item() == pytest.approx(1 - 0.1 * 11.5)
+
+
+# A loss, and a gradient under a finite loss: of sqrt at 0.
+NOT_FINITE = [lambda x: x.sum() * float("nan"), lambda x: x.sum() + float("inf"), lambda x: (x - x).sum().sqrt()]
+
+
+@pytest.mark.parametrize("loss", NOT_FINITE)
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "adafactor"])
+def test_a_step_that_is_not_finite_leaves_weights_and_optimizer_as_they_were(loss, name):
+    if name.endswith("8bit"):
+        pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    module = torch.nn.Linear(80, 80)  # 6400 weights: large enough for 8-bit states
+    optimizer = make_optimizer(module, name, 0.1)
+    batch = collate(encoded(4), pad_id=0)
+    step = lambda loss: update(module, optimizer, [Term("sft", batch, lambda _: (loss(module(torch.ones(80))), {}))])  # noqa: E731
+    assert step(lambda x: x.square().mean())["skipped"] == 0.0
+    before = [x.clone() for x in state_of(module, optimizer)]
+    assert step(loss)["skipped"] == 1.0
+    after = state_of(module, optimizer)
+    assert len(before) == len(after) > 2
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+def state_of(module, optimizer):
+    """Every tensor and number of the weights and of the optimizer's state."""
+    leaves = tree_leaves([module.state_dict(), optimizer.state_dict()["state"]])
+    return [torch.as_tensor(leaf) for leaf in leaves if leaf is not None]
 
 
 def test_scaled_lr_is_undone_even_by_an_error():
@@ -118,26 +149,11 @@ def test_scaled_lr_is_undone_even_by_an_error():
     assert optimizer.param_groups[0]["lr"] == 1.0
 
 
-def test_metrics_of_microbatches_are_weighted_by_tokens_losses_added_maxima_kept():
-    batches = [collate(encoded(4), pad_id=0), collate(encoded(8), pad_id=0)]  # 2 and 6 trained tokens
-    values = iter([(1.0, 10.0), (2.0, 30.0)])
-    weight = torch.nn.Parameter(torch.zeros(()))
-    module = torch.nn.Module()
-    module.weight = weight
-
-    def loss_of(_):
-        loss, other = (torch.tensor(x) for x in next(values))
-        return weight * 0 + loss, {"entropy": other, "ratio_max": other}
-
-    metrics = update(module, torch.optim.SGD([weight], lr=0.1), batches, loss_of)
-    assert metrics["loss"] == 3.0
-    assert metrics["entropy"] == pytest.approx((2 * 10 + 6 * 30) / 8)
-    assert metrics["ratio_max"] == 30.0
-
-
-def test_several_updates_are_averaged_and_the_skipped_ones_counted():
-    steps = [{"loss": 1.0, "ratio_max": 2.0, "skipped": 0.0}, {"loss": 3.0, "ratio_max": 5.0, "skipped": 1.0}]
-    assert over_updates(steps) == {"loss": 2.0, "ratio_max": 5.0, "skipped_updates": 1.0}
+def test_several_updates_are_averaged_and_the_skipped_ones_only_counted():
+    steps = [{"loss": x, "ratio_max": x + 1, "skipped": 0.0} for x in (1.0, 3.0)]
+    nan = float("nan")
+    merged = over_updates([*steps, {"loss": nan, "ratio_max": nan, "skipped": 1.0}])
+    assert merged == {"loss": 2.0, "ratio_max": 4.0, "skipped_updates": 1.0}
 
 
 @pytest.mark.parametrize(("field", "value"), [("max_norm", 0.0), ("max_skipped", 0)])
