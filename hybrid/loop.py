@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hybrid.core import IGNORE, InputError, RunStopped
+from hybrid.core import InputError, RunStopped
 from hybrid.evaluate import sample_rows
 from hybrid.export import export_run
 from hybrid.mixing import Plan, Strategy
@@ -112,21 +112,20 @@ def _finish(trainer: Any) -> None:
 
 def _check(trainer: Any, strategy: Strategy) -> None:
     """Refuse what the strategy cannot run with."""
-    config, examples = trainer.config, trainer.loader.examples
+    config = trainer.config
     config.check_training(strategy)
     if config.eval.patience is not None and not trainer.corpus.eval:
         raise InputError("eval.patience needs held-out data: give eval_data, data.eval or data.eval_fraction")
-    if strategy.needs_ptx:
-        iter(trainer.ptx_loader)
-    learns_targets = strategy.needs_targets or (strategy.kinds - {"ppo"} and not strategy.needs_ptx)
-    if learns_targets and not any(set(e.labels) - {IGNORE} for e in examples):
+    loader, what = (trainer.ptx_loader, "ptx_data") if strategy.needs_ptx else (trainer.loader, "training")
+    learns_targets = strategy.needs_targets or strategy.kinds - {"ppo"}
+    if learns_targets and not any(e.has_target for e in loader.examples):
         raise InputError(
-            "this mixture learns from targets, and no training example has one; "
+            f"this mixture learns from targets, and no {what} example has one; "
             "name their column, or leave the supervised steps out of mixing"
         )
     if strategy.kinds != {"sft"}:
         context = trainer.policy.backbone.context_length
-        for e in examples:
+        for e in trainer.prompts.examples:
             config.sampling.check_room(strategy.prompt_length(e), context, prompt=e.prompt)
 
 

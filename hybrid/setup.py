@@ -104,6 +104,9 @@ def build_loaders(config: HybridConfig, corpus: Corpus) -> Loaders:
 
     def supervised(examples: list[Encoded], data: DataConfig, seed: int) -> Loader:
         packing_length = data.max_length if config.sft.packing else None
+        # A batch of prompts alone would have nothing to learn; where there is no target at all, they still serve
+        # rollouts by hand.
+        examples = [e for e in examples if e.has_target] or examples
         return Loader(examples, config.sft.batch_size, seed=seed, pad_id=pad_id, packing_length=packing_length)
 
     return Loaders(

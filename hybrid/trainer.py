@@ -338,7 +338,7 @@ class HybridTrainer:
 
     @property
     def loader(self) -> Loader:
-        """Endless batches of training examples, for `sft_step` and `rollout`."""
+        """Endless batches of the training examples with a target (without any, of all): for `sft_step`, `rollout`."""
         return self._loaders.train
 
     @property

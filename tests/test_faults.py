@@ -23,7 +23,7 @@ from hybrid.run.checkpoints import _write_manifest
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
-# The thirty: HYBRID_KILLS=30 pytest tests/test_faults.py -k killed
+# The thirty: HYBRID_KILLS=30 pytest tests/test_faults.py -k moments; every file operation: 200, -k last_step.
 KILLS = int(os.environ.get("HYBRID_KILLS", "5"))
 TURNS = {"cycles": 3, "sft_steps_per_cycle": 2, "ppo_steps_per_cycle": 1}
 MIXTURES = {
@@ -128,7 +128,7 @@ def test_a_last_step_killed_before_any_of_its_file_operations_is_taken_again(sto
     wait_for(folder / "start" / CHECKPOINTS / "step-8")
     os.kill(process, 9)
     assert forks.wait()[0] == -9
-    for number in range(0, 1000, max(1, 100 // KILLS)):
+    for number in range(0, 1000, max(1, 200 // KILLS)):
         run = folder / str(number)
         shutil.copytree(folder / "start", run)
         status, said = forks.run("train", "--resume", run, kill_before=number)

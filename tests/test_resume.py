@@ -1,7 +1,6 @@
 """A run that was stopped or killed goes on as if it had not been."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -129,24 +128,6 @@ def test_a_signal_finishes_the_step_saves_and_tells_how_to_go_on(stories, tmp_pa
     assert f"hybrid train --resume {tmp_path / 'part'}" in done.stderr
 
     assert main(["train", "--resume", str(tmp_path / "part")]) == 0
-    assert_equal_runs(tmp_path / "part", whole)
-
-
-@pytest.mark.slow
-def test_a_killed_process_loses_no_more_than_the_steps_since_its_checkpoint(stories, tmp_path, whole):
-    file = tmp_path / "part.json"
-    file.write_text(json.dumps(config(stories, tmp_path, "part")))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "hybrid", "train", file], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    metrics = tmp_path / "part" / "metrics.jsonl"
-    while process.poll() is None:  # until the sixth step is logged, in whatever the process is doing then
-        if metrics.exists() and '"step": 6' in metrics.read_text(encoding="utf-8"):
-            os.kill(process.pid, signal.SIGKILL)
-            break
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
-    HybridTrainer.resume(tmp_path / "part").train()
     assert_equal_runs(tmp_path / "part", whole)
 
 

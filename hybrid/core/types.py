@@ -51,6 +51,11 @@ class Encoded:
     item: Mapping[str, Any]
     num_hint: int = 0
 
+    @property
+    def has_target(self) -> bool:
+        """Whether a supervised step can learn anything from it."""
+        return any(label != IGNORE for label in self.labels)
+
 
 @dataclass(frozen=True)
 class Batch:

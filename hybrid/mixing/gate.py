@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hybrid.core import IGNORE, Encoded, Rollout
+from hybrid.core import Encoded, Rollout
 from hybrid.mixing.strategy import Kind, Plan, Strategy, check_range, register_strategy
 
 __all__ = ["Gate"]
@@ -73,7 +73,7 @@ class Gate(Strategy):
         for group, score in zip(groups, rollout.score.tolist(), strict=True):
             scores.setdefault(group, []).append(score)
         judged = {g: max(s) if self.judge_by == "max" else sum(s) / len(s) for g, s in scores.items()}
-        failed = {g for g in judged if judged[g] <= self.threshold and set(examples[g].labels) != {IGNORE}}
+        failed = {g for g in judged if judged[g] <= self.threshold and examples[g].has_target}
         self.memory["failed"] += [examples[g] for g in sorted(failed)]
         self.memory["failed_share"] = len(failed) / len(judged)
         return torch.tensor([row for row, g in enumerate(groups) if g not in failed], dtype=torch.long)

@@ -136,6 +136,13 @@ class Alternate(Strategy):
         final = (0, 0) if self.curriculum == "none" else self._final
         return _kinds(self.sft_steps_per_cycle + final[0], self.ppo_steps_per_cycle + final[1])
 
+    def num_updates(self, updates: Mapping[Kind, int]) -> int | None:
+        """By cycles: a plan looks for its cycle from the first one on, and there may be thousands."""
+        if self.num_steps is None:
+            return None
+        counts = [self._counts(cycle) for cycle in range(self.cycles)]
+        return sum(sft * updates["sft"] + ppo * updates["ppo"] for sft, ppo in counts)
+
     def for_epochs(self, epochs: float, sft_steps_per_epoch: int, ppo_steps_per_epoch: int) -> "Alternate":
         """As many cycles as the supervised steps need for `epochs` passes (the PPO steps, where there are none).
 

@@ -28,7 +28,7 @@ Kind = Literal["sft", "ppo", "joint"]
 class Plan:
     """One step to take: how much each of the two losses counts in it.
 
-    sft_coef alone: one supervised update.   ppo_coef alone: a rollout, and the PPO updates on it.
+    sft_coef alone, then 1: one supervised update.   ppo_coef alone: a rollout, and the PPO updates on it.
     both: a rollout, and PPO updates whose loss is ppo_coef * L_PPO + sft_coef * L_SFT.
     cycle: the number of the cycle it belongs to, from 0.
     examples: what a supervised step trains on; none: the next batch of the training data.
@@ -42,6 +42,11 @@ class Plan:
     def __post_init__(self) -> None:
         if min(self.sft_coef, self.ppo_coef) < 0 or self.sft_coef == self.ppo_coef == 0:
             raise ValueError(f"a Plan needs factors >= 0, and one above, got {self.sft_coef} and {self.ppo_coef}")
+        if not self.ppo_coef and self.sft_coef != 1:
+            # No optimizer of ours but sgd would see it: it would only look like an effect.
+            raise ValueError(
+                f"a Plan's sft_coef must be 1 where it stands alone, got {self.sft_coef}; sft.lr_factor scales the step"
+            )
 
     @property
     def kind(self) -> Kind:

@@ -78,15 +78,16 @@ def update(
 def over_updates(steps: Sequence[dict[str, float]]) -> dict[str, float]:
     """The metrics of several updates as one: means, the maximum for `_max`, and `skipped_updates`, their number.
 
-    Skipped ones count for nothing else, unless all were. Of no update at all, none.
+    Skipped ones count for nothing else, unless all were; what only some of them have is of those. Of no update at all,
+    none.
     """
     if not steps:
         return {}
     made = [step for step in steps if not step["skipped"]] or steps
-    merged = {
-        name: max(step[name] for step in made) if name.endswith("_max") else fmean(step[name] for step in made)
-        for name in made[0]
-    }
+    merged = {}
+    for name in dict.fromkeys(name for step in made for name in step):
+        values = [step[name] for step in made if name in step]
+        merged[name] = max(values) if name.endswith("_max") else fmean(values)
     merged["skipped_updates"] = sum(step["skipped"] for step in steps)
     del merged["skipped"]
     if "overflow" in merged:
