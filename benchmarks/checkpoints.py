@@ -7,27 +7,26 @@ Writes benchmarks/results/checkpoints-<device>.json.
 """
 
 import json
-import platform
-import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from pkgutil import resolve_name
 from statistics import fmean, median
 from typing import Any
 from unittest.mock import patch
 
+ROOT = Path(__file__).resolve().parents[1]
 # A script's own folder comes first on the path, and transformers imports a package called `kernels`, not our file.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+if Path(sys.path[0]).resolve() == ROOT / "benchmarks":
+    sys.path[0] = str(ROOT)
 
-import torch  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
+from benchmarks.stamp import device_name, stamp  # noqa: E402
 from hybrid import HybridConfig, HybridTrainer  # noqa: E402
 from hybrid.demo import run_demo  # noqa: E402
 from hybrid.demo.smollm2 import get_smollm2  # noqa: E402
@@ -35,7 +34,6 @@ from hybrid.resume import write_checkpoint  # noqa: E402
 from hybrid.run import CheckpointConfig, Checkpoints, read_jsonl  # noqa: E402
 
 ROUNDS = 7
-ROOT = Path(__file__).resolve().parents[1]
 # The functions whose time is told apart; what one calls of another is the other's.
 PARTS = {
     "model": "hybrid.models.policy.Policy.save_pretrained",
@@ -56,18 +54,15 @@ def main() -> None:
     for row in rows:
         parts = ", ".join(f"{part} {seconds:.3f}" for part, seconds in row["parts"].items())
         print(line.format(**row) + f"share {row['share']:.3%}   ({parts})")
-    device = "cuda" if torch.cuda.is_available() else f"cpu-{torch.get_num_threads()}-threads"
     result = {
         "benchmark": "checkpoints",
-        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} {device}",
-        "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")},
+        **stamp("safetensors"),
         "interval": CheckpointConfig().every,
         "rounds": ROUNDS,
         "seed": 0,
         "rows": rows,
     }
-    file = ROOT / "benchmarks" / "results" / f"checkpoints-{device}.json"
+    file = ROOT / "benchmarks" / "results" / f"checkpoints-{device_name()}.json"
     file.write_text(json.dumps(result, indent=2) + "\n")
     print(file.relative_to(ROOT))
 

@@ -37,7 +37,7 @@ from benchmarks.mixing_tasks import DATA, TASKS, Pretraining, Task, prepare  # n
 
 RESULT = HERE / "results" / "mixing-cpu-1-thread.json"
 # Learning rates of the sweep, for each family.
-RATES = {"sft_only": (1e-4, 3e-4, 1e-3, 3e-3), "rl_only_kl": (3e-5, 1e-4, 3e-4, 1e-3)}
+RATES = {"sft_only": (1e-4, 3e-4, 1e-3, 3e-3), "rl_only_kl": (1e-5, 3e-5, 1e-4, 3e-4)}
 SWEEP_SEED = 100
 
 

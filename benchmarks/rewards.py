@@ -7,27 +7,26 @@ Writes benchmarks/results/rewards-<device>.json.
 """
 
 import json
-import platform
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
 # A script's own folder comes first on the path, and transformers imports a package called `kernels`, not our file.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+if Path(sys.path[0]).resolve() == ROOT / "benchmarks":
+    sys.path[0] = str(ROOT)
 
 import torch  # noqa: E402
 
+from benchmarks.stamp import device_name, stamp  # noqa: E402
 from hybrid.rewards import Reward, make_reward  # noqa: E402
 
 NUM_TEXTS = 256
 ROUNDS = 3
-ROOT = Path(__file__).resolve().parents[1]
 STORIES = ROOT.parent / "shared" / "data" / "stories260k" / "hf"
 REVIEWS = ROOT.parent / "shared" / "data" / "rotten_tomatoes" / "rt-polarity.pos"
 
@@ -43,18 +42,15 @@ def main() -> None:
             rows.append({"reward": name, **_timed(reward, texts, targets)})
             line = "{reward:32} batch {batch_s:7.3f} s   single {single_s:7.3f} s   ratio 1/{ratio:.1f}"
             print(line.format(**rows[-1]))
-    device = "cuda" if torch.cuda.is_available() else f"cpu-{torch.get_num_threads()}-threads"
     result = {
         "benchmark": "rewards",
-        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} {device}",
-        "versions": {name: version(name) for name in ("torch", "transformers", "sentence-transformers")},
+        **stamp("sentence-transformers"),
         "num_texts": NUM_TEXTS,
         "rounds": ROUNDS,
         "seed": 0,
         "rows": rows,
     }
-    file = ROOT / "benchmarks" / "results" / f"rewards-{device}.json"
+    file = ROOT / "benchmarks" / "results" / f"rewards-{device_name()}.json"
     file.write_text(json.dumps(result, indent=2) + "\n")
     print(file.relative_to(ROOT))
 

@@ -12,12 +12,9 @@ overridden.
 import argparse
 import json
 import math
-import platform
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +23,11 @@ ROOT = Path(__file__).resolve().parents[2]
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(ROOT)
 
-import torch  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 import benchmarks.suites.reward  # noqa: E402, F401 - registers review_sentiment
 from benchmarks.mixing_report import interval  # noqa: E402
+from benchmarks.stamp import stamp  # noqa: E402
 from benchmarks.suites.data import Rows, examples_of  # noqa: E402
 from benchmarks.suites.hub import check_hub  # noqa: E402
 from benchmarks.suites.measure import measured, trained  # noqa: E402
@@ -96,7 +93,13 @@ def _run_suite(args: argparse.Namespace) -> None:
     assert config.model.name is not None
     tokenizer = load_tokenizer(config.model.name)
     config, train, test, text = _prepared(suite, config, tokenizer)
-    result = {"suite": args.suite, "smoke": args.smoke, **_circumstances(config), **_known_of(suite)}
+    result = {
+        "suite": args.suite,
+        "smoke": args.smoke,
+        **stamp("datasets"),
+        "config": config.written(),
+        **_known_of(suite),
+    }
     file = _result_file(args, result["device"])
     runs: list[Run] = []
     for seed in range(num_seeds):
@@ -137,19 +140,6 @@ def _prepared(suite: Suite, config: HybridConfig, tokenizer: Any) -> tuple[Hybri
         train_rows, test_rows = (suite.prepare(part, tokenizer, config.data) for part in (train, test))
         data = replace(data, text=None, prompt="prompt", target="target")
     return replace(config, data=data), train_rows, test_rows, text
-
-
-def _circumstances(config: HybridConfig) -> dict[str, Any]:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return {
-        "commit": done.stdout.strip() or "unknown",
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"cpu-{torch.get_num_threads()}-threads",
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in ("torch", "transformers", "datasets")},
-        "config": config.written(),
-    }
 
 
 def _known_of(suite: Suite) -> dict[str, Any]:
