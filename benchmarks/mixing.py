@@ -37,7 +37,7 @@ from benchmarks.mixing_tasks import DATA, TASKS, Pretraining, Task, prepare  # n
 
 RESULT = HERE / "results" / "mixing-cpu-1-thread.json"
 # Learning rates of the sweep, for each family.
-RATES = {"sft_only": (1e-4, 3e-4, 1e-3, 3e-3), "rl_only_kl": (1e-5, 3e-5, 1e-4, 3e-4)}
+RATES = {"sft_only": (1e-4, 3e-4, 1e-3, 3e-3), "rl_only_kl": (3e-5, 1e-4, 3e-4, 1e-3)}
 SWEEP_SEED = 100
 
 
@@ -75,7 +75,7 @@ def main() -> None:
         for lr in rates
     ]
     if arguments.sweep:
-        print(sweep_table(list(_results(sweep, arguments.jobs))))
+        print(sweep_table(list(_results(sweep, arguments.jobs)), {name: TASKS[name].sft_goal for name in TASKS}))
         return
     results = sorted(_results(study, arguments.jobs), key=lambda run: (list(ARMS).index(run["arm"]), run["seed"]))
     print(table(bases + results))
@@ -92,7 +92,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, of one thread each")
     parser.add_argument("--work", default="runs/mixing", help="folder of data, base models and finished runs")
     parser.add_argument("--sweep", action="store_true", help="only measure the learning rates")
-    parser.add_argument("--quick", action="store_true", help="a 20th of the budget; writes no result")
+    parser.add_argument(
+        "--quick", action="store_true", help="a 20th of the budget, and of the base model's training; writes no result"
+    )
     arguments = parser.parse_args()
     if "films" in arguments.tasks and not DATA.is_dir():
         parser.error(f"task films reads the data in {DATA}, which is not there; leave it out with --tasks")

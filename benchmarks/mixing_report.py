@@ -1,7 +1,7 @@
 """The runs of `mixing.py` as a table and a picture: means over seeds, with 95 % confidence intervals."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -42,8 +42,11 @@ def table(runs: Sequence[Run]) -> str:
 def _task_table(task: str, runs: Sequence[Run]) -> str:
     arms = _by(runs, "arm")
     baseline = arms.get(BASELINE, [])
-    # Answers of one word have no bigrams: a column that says the same of every run is left out.
-    columns = {name: title for name, title in COLUMNS.items() if len({run["metrics"].get(name) for run in runs}) > 1}
+    first = runs[0]["metrics"]
+    # Answers of one word have no bigrams, of which any would be distinct.
+    columns = {
+        name: title for name, title in COLUMNS.items() if name in first and (first[name] or name != "distinct_2")
+    }
     compared = ("reward", "sft_loss")
     titles = [task, *columns.values(), *(f"{columns[name]} - {BASELINE}" for name in compared), "kTokens", "seconds"]
     lines = [titles, ["---"] * len(titles)]
@@ -77,27 +80,32 @@ def _number(mean: float, half: float, sign: str = "") -> str:
     return text if math.isnan(half) else f"{text} ± {half:.3f}"
 
 
-def sweep_table(runs: Sequence[Run]) -> str:
+def sweep_table(runs: Sequence[Run], sft_goals: Mapping[str, str]) -> str:
     """Markdown: what each learning rate gave, on validation data.
 
-    The best in bold: of sft_only the lowest SFT loss, of rl_only_kl the highest of what PPO maximises,
-    reward - kl.coef * KL. The reward alone would favour a policy that has forgotten the language.
+    The best in bold: of sft_only by its task's goal, of rl_only_kl by what PPO maximises there, reward - coef * KL.
+    The reward alone would favour a policy that has forgotten the language.
     """
     titles = ["task", "arm", "learning rate", "SFT loss", "reward", "KL", "reward - coef KL"]
     lines = [titles, ["---"] * len(titles)]
     for task, of_task in _by(runs, "task").items():
         for arm, own in _by(of_task, "arm").items():
-            best = (
-                min(own, key=lambda run: run["metrics"]["sft_loss"]) if arm == "sft_only" else max(own, key=_objective)
-            )
+            best = max(own, key=_goal(arm, sft_goals[task]))
             for run in sorted(own, key=lambda run: run["lr"]):
                 rate = f"**{run['lr']:g}**" if run is best else f"{run['lr']:g}"
-                numbers = [*(run["metrics"][name] for name in ("sft_loss", "reward", "kl")), _objective(run)]
+                numbers = [*(run["metrics"][name] for name in ("sft_loss", "reward", "kl")), _penalised(run)]
                 lines.append([task, arm, rate, *(f"{number:.3f}" for number in numbers)])
     return _markdown(lines)
 
 
-def _objective(run: Run) -> float:
+def _goal(arm: str, sft_goal: str) -> Callable[[Run], float]:
+    """What a run of the sweep is chosen by: more is better."""
+    if arm != "sft_only":
+        return _penalised
+    return lambda run: run["metrics"][sft_goal] * (-1 if sft_goal == "sft_loss" else 1)
+
+
+def _penalised(run: Run) -> float:
     return run["metrics"]["reward"] - run["config"]["kl"]["coef"] * run["metrics"]["kl"]
 
 
@@ -114,8 +122,7 @@ def draw(runs: Sequence[Run], titles: Mapping[str, str], file: Path) -> None:
 
     tasks = _by(runs, "task")
     figure, panels = pyplot.subplots(1, len(tasks), figsize=(6 * len(tasks), 5.5), squeeze=False, layout="constrained")
-    arms = list(_by(runs, "arm"))
-    colours = dict(zip(arms, [*pyplot.colormaps["tab20"].colors], strict=False))
+    colours = {arm: pyplot.colormaps["tab20"](i) for i, arm in enumerate(_by(runs, "arm"))}
     for axes, (task, own) in zip(panels[0], tasks.items(), strict=True):
         for arm, same in _by(own, "arm").items():
             (x, x_half), (y, y_half) = (

@@ -73,9 +73,9 @@ ARMS: dict[str, Callable[[Lengths], dict[str, Any]]] = {
         n, mu=0.9, schedule="chord", final_mu=0.05, warmup_steps=round(n.ppo / 40), decay_steps=round(n.ppo / 3)
     ),
     "ptx": lambda n: _joint(n, strategy="ptx", gamma=1.0),
-    # Four responses to each prompt, of which the best is judged: the same number of responses as elsewhere.
+    # Four responses to each prompt, to judge it by their mean: the same number of responses as elsewhere.
     "gate": lambda n: {
-        "mixing": {"strategy": "gate", "ppo_steps": ENOUGH, "buffer": 32},
+        "mixing": {"strategy": "gate", "ppo_steps": ENOUGH, "judge_by": "mean", "buffer": 32},
         "ppo": {"batch_size": 16, "samples_per_prompt": 4},
     },
     "hint": lambda n: {

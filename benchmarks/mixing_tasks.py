@@ -7,7 +7,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hybrid import HybridConfig, HybridTrainer
 from hybrid.data import read_rows
@@ -41,7 +41,8 @@ class Task:
     base: how the base model is made, or the folder of one.
     settings: config sections that all arms share.   budget: tokens of a run, see `mixing.Metered`.
     kl_coef: of the arms that have a KL penalty.
-    sft_lr, ppo_lr: the best of `mixing.py --sweep`.   is_hard: prompts whose reward is also reported alone.
+    sft_goal: the metric that the sweep judges SFT by; the reward where the demonstrations show what it asks for.
+    sft_lr, ppo_lr: by `mixing.py --sweep`; NOTES.md says how.   is_hard: prompts whose reward is also reported alone.
     """
 
     about: str
@@ -52,6 +53,7 @@ class Task:
     kl_coef: float
     sft_lr: float
     ppo_lr: float
+    sft_goal: Literal["sft_loss", "reward"] = "sft_loss"
     is_hard: Callable[[str], bool] | None = None
 
 
@@ -181,6 +183,7 @@ TASKS = {
         budget=200_000,
         sft_lr=1e-3,
         ppo_lr=1e-4,
+        sft_goal="reward",
         is_hard=lambda prompt: len(prompt.rstrip(">")) >= 6,
     ),
     "films": Task(

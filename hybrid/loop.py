@@ -171,6 +171,8 @@ class _Loop:
                     return progress.evaluation
         if progress.evaluated != trainer.num_steps:
             self._evaluate()
+            if progress.best_step == trainer.num_steps and self._is_due():
+                self._save()
         return progress.evaluation
 
     def _plan(self) -> Plan | None:

@@ -51,6 +51,7 @@ from hybrid.steps import (
     Term,
     Updater,
     autocast,
+    check_groups,
     minibatches,
     over_updates,
     ppo_term,
@@ -277,6 +278,7 @@ class HybridTrainer:
                 temperature=self.config.sampling.temperature,
                 **self._collect_options(),
             )
+        check_groups(rollout, self.config.ppo)
         return self.ppo_step(rollout)
 
     # Looking at the policy
@@ -379,8 +381,7 @@ class HybridTrainer:
         return self.updater.optimizer
 
     def _sft_term(self, batch: Batch, coef: float = 1.0) -> Term[Batch]:
-        batch = batch.to(self.policy.device)
-        return sft_term(self.policy, batch, self.config.sft, coef, autocast=self.autocast)
+        return sft_term(self.policy, batch.to(self.policy.device), self.config.sft, coef, autocast=self.autocast)
 
     def _ppo_term(self, minibatch: Rollout, coef: float) -> Term[Rollout]:
         kl = self.config.kl

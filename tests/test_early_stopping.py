@@ -92,6 +92,12 @@ def test_the_best_evaluation_has_a_checkpoint_whatever_step_it_is_made_at(make, 
     assert f"the best checkpoint: {checkpoints.best()}" in capsys.readouterr().err
 
 
+def test_the_best_evaluation_has_a_checkpoint_where_it_is_the_last_as_well(make):
+    trainer = make(checkpoint={"every": 100}, eval={"every": 5})
+    scripted(trainer, "sft_loss", [0.5, 0.4, 0.3, 0.2]).train()
+    assert Checkpoints(trainer.folder / CHECKPOINTS, best=trainer.config.eval.best).best().name == "step-12"
+
+
 def rows_of(folder):
     """The run's rows without what the clock says."""
     timed = ("seconds", "elapsed", "tokens_per_second")

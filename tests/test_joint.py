@@ -7,9 +7,9 @@ import torch
 from test_conformance import ROWS, score, trainer_of, weights
 from tiny import tiny_model
 
-from hybrid import InputError, Policy, PPOConfig
+from hybrid import DataConfig, HybridConfig, HybridTrainer, InputError, Policy, PPOConfig, SFTConfig
 from hybrid.core import Encoded
-from hybrid.mixing import make_strategy
+from hybrid.mixing import Plan, make_strategy
 from hybrid.steps import ppo_term, sft_term, with_advantages
 from hybrid.steps.update import update
 
@@ -96,6 +96,26 @@ def test_every_update_of_a_joint_step_has_its_own_supervised_batch(tokenizer):
     assert trainer.loader.position == trainer.config.ppo.num_updates * trainer.config.sft.batch_size
 
 
+def test_a_joint_step_goes_on_without_supervised_batches_where_they_end(tokenizer):
+    trainer = trainer_of("joint", tokenizer)
+    rollout = trainer.rollout(next(trainer.prompts))
+    metrics = trainer.joint_step(rollout, iter([next(trainer.loader)]), sft_coef=0.5, ppo_coef=0.5)
+    assert {"sft_loss", "ppo_loss", "nll", "policy_loss"} <= metrics.keys()
+
+
+def test_supervised_batches_hold_the_rows_with_a_target_and_rollouts_all(tokenizer):
+    rows = [{**row, "target": row["target"] if i == 2 else ""} for i, row in enumerate(ROWS)]
+    config = HybridConfig(data=DataConfig(template="none"), sft=SFTConfig(batch_size=1))
+    trainer = HybridTrainer(Policy(tiny_model()), tokenizer, rows, score, config)
+    assert len(trainer.loader.examples) == 1 and len(trainer.prompts.examples) == len(ROWS)
+    assert all(next(trainer.loader).num_tokens for _ in ROWS)
+
+
+def test_a_factor_of_a_supervised_step_alone_is_refused():
+    with pytest.raises(ValueError, match=r"sft_coef must be 1 where it stands alone, got 0\.5; sft\.lr_factor"):
+        Plan(0, sft_coef=0.5)
+
+
 def test_the_rate_of_a_joint_step_lies_between_the_phases(tokenizer):
     from dataclasses import replace
 
@@ -112,6 +132,15 @@ def test_ptx_learns_from_the_second_data_set_alone(tokenizer, monkeypatch):
     trainer = trainer_of("ptx", tokenizer)
     trainer.train()
     assert trainer.ptx_loader.position and not trainer.loader.position
+
+
+def test_ptx_on_prompts_alone_is_refused_before_the_first_step(tokenizer):
+    trainer = HybridTrainer(
+        Policy(tiny_model()), tokenizer, ROWS, score, HybridConfig(mixing={"strategy": "ptx"}),
+        ptx_data=[{"prompt": "the w1"}],
+    )  # fmt: skip
+    with pytest.raises(InputError, match="no ptx_data example has one"):
+        trainer.train()
 
 
 def test_ptx_without_a_second_data_set_is_refused_before_a_model_is_loaded():

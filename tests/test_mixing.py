@@ -83,6 +83,14 @@ def test_a_curriculum_goes_from_the_first_counts_to_the_final_ones(curriculum):
     assert sft[1] == {"linear": 7, "cosine": 8}[curriculum]
 
 
+@pytest.mark.parametrize("curriculum", ["none", "linear", "cosine"])
+def test_the_updates_of_cycles_are_those_of_their_plans(curriculum):
+    strategy = make_strategy({"cycles": 7, "sft_steps_per_cycle": 4, "curriculum": curriculum})
+    plans = [strategy.plan(step, {}) for step in range(strategy.num_steps)]
+    updates = {"sft": 1, "ppo": 100}
+    assert strategy.num_updates(updates) == sum(updates[plan.kind] for plan in plans)
+
+
 def test_the_reward_curriculum_follows_the_measured_reward():
     spec = {"cycles": 4, "sft_steps_per_cycle": 4, "ppo_steps_per_cycle": 1, "final_sft_steps_per_cycle": 0}
     strategy = make_strategy({**spec, "final_ppo_steps_per_cycle": 1, "curriculum": "reward", "target_reward": 1.0})

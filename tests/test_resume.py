@@ -26,7 +26,7 @@ REWARD = {
 
 
 def config(stories, tmp_path, name, **sections):
-    """A run of 9 steps, SFT and PPO, that evaluates after 4 and 8 and saves after every second."""
+    """A run of 9 steps, SFT and PPO, that evaluates after 4 and 8 and saves after every second, and the last, the best."""
     data = tmp_path / "data.jsonl"
     rows = [{"prompt": f"Tell me about day {i}.", "target": f"It was a good day, number {i}."} for i in range(12)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -104,7 +104,7 @@ def test_a_run_that_died_and_goes_on_equals_the_uninterrupted_one(stories, tmp_p
     assert_equal_runs(tmp_path / "part", whole)
     # The two newest, and the best of those that were evaluated.
     kept = {path.name for path in (tmp_path / "part" / CHECKPOINTS).iterdir()}
-    assert {"step-6", "step-8"} <= kept and len(kept) <= 3
+    assert {"step-8", "step-9"} <= kept and len(kept) <= 3
 
 
 @pytest.mark.slow
@@ -133,7 +133,7 @@ def test_a_signal_finishes_the_step_saves_and_tells_how_to_go_on(stories, tmp_pa
 
 @pytest.mark.slow
 def test_a_broken_checkpoint_is_skipped_with_a_warning(stories, tmp_path, whole):
-    newest = whole / CHECKPOINTS / "step-8"
+    newest = whole / CHECKPOINTS / "step-9"
     file = newest / "model" / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
@@ -141,7 +141,7 @@ def test_a_broken_checkpoint_is_skipped_with_a_warning(stories, tmp_path, whole)
     before = weights(whole)
     with pytest.warns(UserWarning, match=r"skipped a broken checkpoint.*model\.safetensors"):
         trainer = HybridTrainer.resume(whole)
-    assert trainer.num_steps == 6
+    assert trainer.num_steps == 8
     trainer.train()
     assert torch.equal(weights(whole), before)
 

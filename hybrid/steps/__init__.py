@@ -1,7 +1,7 @@
 """Steps: (rows, policy) -> (loss, metrics), and the one update that both phases share."""
 
 from hybrid.steps.accumulate import Loss, Term, accumulate, split
-from hybrid.steps.ppo import Divisors, minibatches, ppo_batch_loss, rollout_metrics, with_advantages
+from hybrid.steps.ppo import Divisors, check_groups, minibatches, ppo_batch_loss, rollout_metrics, with_advantages
 from hybrid.steps.ppo_config import Advantage, PPOConfig
 from hybrid.steps.precision import Precision, autocast, grad_scaler
 from hybrid.steps.sft import SFTConfig, sft_batch_loss
@@ -22,6 +22,7 @@ __all__ = [
     "Updater",
     "accumulate",
     "autocast",
+    "check_groups",
     "grad_scaler",
     "minibatches",
     "over_updates",

@@ -24,13 +24,13 @@ from hybrid.fused import gae
 from hybrid.models import Policy, before_response, response_stats
 from hybrid.steps.ppo_config import PPOConfig
 
-__all__ = ["Divisors", "minibatches", "ppo_batch_loss", "rollout_metrics", "with_advantages"]
+__all__ = ["Divisors", "check_groups", "minibatches", "ppo_batch_loss", "rollout_metrics", "with_advantages"]
 
 
 def with_advantages(rollout: Rollout, config: PPOConfig) -> Rollout:
     """The rollout with `advantage` (whitened as configured) and, from a critic, `return_` (before whitening).
 
-    Raises InputError where responses are to be compared within their group and no two are of the same.
+    A response that is alone in its group, as where the reward skipped the others, has advantage 0 against it.
     """
     reward, mask, return_ = rollout.reward, rollout.mask, None
     if config.whiten_reward:
@@ -48,14 +48,22 @@ def with_advantages(rollout: Rollout, config: PPOConfig) -> Rollout:
     return replace(rollout, advantage=advantage, return_=return_)
 
 
-def _against_the_group(rollout: Rollout, config: PPOConfig) -> Tensor:
-    """Each response's whole reward against the others of its prompt, (B,)."""
+def check_groups(rollout: Rollout, config: PPOConfig) -> None:
+    """Raise InputError where responses are to be compared within their group and no two are of the same."""
     group = rollout.group
-    if group is None or len(group.unique()) == len(group) > 1:
+    if not config.is_per_token and (group is None or len(group.unique()) == len(group) > 1):
         raise InputError(
             f"ppo.advantage {config.advantage!r} compares the responses to one prompt, and no two of the "
             f"{len(rollout)} in this rollout answer the same; give each prompt several, or set ppo.advantage=gae"
         )
+
+
+def _against_the_group(rollout: Rollout, config: PPOConfig) -> Tensor:
+    """Each response's whole reward against the others of its prompt, (B,)."""
+    if rollout.group is None:
+        check_groups(rollout, config)
+    group = rollout.group
+    assert group is not None
     reward = masked_sum(rollout.reward, rollout.mask, 1)
     if config.advantage == "leave_one_out":
         return leave_one_out_advantage(reward, group)

@@ -13,7 +13,7 @@ from hybrid.functional import masked_whiten
 from hybrid.models import Policy, Reference
 from hybrid.rewards import make_reward
 from hybrid.rollout import collect
-from hybrid.steps import minibatches, ppo_batch_loss, rollout_metrics, with_advantages
+from hybrid.steps import check_groups, minibatches, ppo_batch_loss, rollout_metrics, with_advantages
 
 GROUPED = ["group", "group_mean", "leave_one_out"]
 CRITIC_FREE = [*GROUPED, "reinforce++"]
@@ -87,7 +87,13 @@ def test_a_rollout_of_single_responses_has_nothing_to_compare(rollout):
     config = PPOConfig(advantage="group", **SIZES)
     for alone in (replace(rollout, group=None), replace(rollout, group=torch.arange(12))):
         with pytest.raises(InputError, match=r"'group' compares .* no two of the 12"):
-            with_advantages(alone, config)
+            check_groups(alone, config)
+
+
+@pytest.mark.parametrize("advantage", GROUPED)
+def test_a_response_whose_group_was_skipped_has_no_advantage_and_stops_nothing(rollout, advantage):
+    alone = replace(rollout, group=torch.arange(12))
+    assert not with_advantages(alone, PPOConfig(advantage=advantage, **SIZES)).advantage.any()
 
 
 @pytest.mark.parametrize("advantage", CRITIC_FREE)
