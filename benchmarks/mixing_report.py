@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
+from textwrap import fill
 from typing import Any
 
 __all__ = ["draw", "interval", "sweep_table", "table"]
@@ -122,26 +123,22 @@ def draw(runs: Sequence[Run], titles: Mapping[str, str], file: Path) -> None:
 
     tasks = _by(runs, "task")
     figure, panels = pyplot.subplots(1, len(tasks), figsize=(6 * len(tasks), 5.5), squeeze=False, layout="constrained")
-    colours = {arm: pyplot.colormaps["tab20"](i) for i, arm in enumerate(_by(runs, "arm"))}
+    # An arm keeps colour and marker in all panels; the number of colours and of markers have no common factor.
+    looks = {
+        arm: {"color": pyplot.colormaps["tab10"](i % 10), "marker": "XsoD^vP"[i % 7]}
+        for i, arm in enumerate(_by(runs, "arm"))
+    }
     for axes, (task, own) in zip(panels[0], tasks.items(), strict=True):
         for arm, same in _by(own, "arm").items():
             (x, x_half), (y, y_half) = (
                 interval([run["metrics"][name] for run in same]) for name in ("sft_loss", "reward")
             )
-            marker = {
-                "base": "x",
-                "sft_only": "s",
-                "rl_only": "^",
-                "rl_only_kl": "v",
-                BASELINE: "D",
-                "sequential_kl": "d",
-            }.get(arm, "o")
             axes.errorbar(
-                x, y, xerr=_drawn(x_half), yerr=_drawn(y_half), color=colours[arm], marker=marker, label=arm,
-                capsize=2, linewidth=1, markersize=7,
+                x, y, xerr=_drawn(x_half), yerr=_drawn(y_half), **looks[arm], label=arm,
+                capsize=2, linewidth=1, markersize=8, linestyle="none",
             )  # fmt: skip
-        axes.set(title=f"{task}: {titles[task]}", xlabel="held-out SFT loss, nats a token", ylabel="held-out reward")
-        axes.title.set_wrap(True)
+        axes.set(xlabel="held-out SFT loss, nats a token", ylabel="held-out reward")
+        axes.set_title(fill(f"{task}: {titles[task]}", 60), fontsize="medium")
         axes.grid(alpha=0.3)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False)

@@ -26,7 +26,7 @@ REWARD = {
 
 
 def config(stories, tmp_path, name, **sections):
-    """A run of 9 steps, SFT and PPO, that evaluates after 4 and 8 and saves after every second, and the last, the best."""
+    """A run of 9 steps, SFT and PPO, that evaluates after 4 and 8 and saves after every second and the last."""
     data = tmp_path / "data.jsonl"
     rows = [{"prompt": f"Tell me about day {i}.", "target": f"It was a good day, number {i}."} for i in range(12)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
