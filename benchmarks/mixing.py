@@ -6,7 +6,8 @@
     python benchmarks/mixing.py --quick      # to see that it runs; writes no result
 
 Every run is on one thread of one process. A finished run stays in WORK (runs/mixing) and is not made again while its
-settings are the same. Prints the table and writes benchmarks/results/mixing-cpu-1-thread.json, .md and .png.
+settings are the same. Prints the table; the whole study also writes benchmarks/results/mixing-cpu-1-thread.json, .md
+and .png.
 """
 
 import argparse
@@ -64,8 +65,8 @@ def main() -> None:
     bases = [_base(work, name, arguments.quick) for name in arguments.tasks]
     study = [
         Job(work, task, arm, seed, quick=arguments.quick)
-        for seed in range(arguments.seeds)
         for task in arguments.tasks
+        for seed in range(arguments.seeds or TASKS[task].seeds)
         for arm in arguments.arms
     ]
     sweep = [
@@ -79,7 +80,8 @@ def main() -> None:
         return
     results = sorted(_results(study, arguments.jobs), key=lambda run: (list(ARMS).index(run["arm"]), run["seed"]))
     print(table(bases + results))
-    if not arguments.quick:
+    whole = set(arguments.tasks) == set(TASKS) and set(arguments.arms) == set(ARMS)
+    if whole and not arguments.quick:
         done = [json.loads(job.file.read_text(encoding="utf-8")) for job in sweep if job.file.is_file()]
         _write(bases, results, done)
 
@@ -88,7 +90,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each arm")
+    parser.add_argument("--seeds", type=int, help="runs of each arm (default: the task's, 3 or 5)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, of one thread each")
     parser.add_argument("--work", default="runs/mixing", help="folder of data, base models and finished runs")
     parser.add_argument("--sweep", action="store_true", help="only measure the learning rates")

@@ -141,7 +141,7 @@ def draw(runs: Sequence[Run], titles: Mapping[str, str], file: Path) -> None:
         axes.set_title(fill(f"{task}: {titles[task]}", 60), fontsize="medium")
         axes.grid(alpha=0.3)
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(7, 3 * len(tasks)), frameon=False)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import torch
 
-from hybrid.core import InputError, parse_yaml
+from hybrid.core import InputError, parse_yaml, unknown_name
 from hybrid.data import DataConfig
 from hybrid.evaluate import EvalConfig
 from hybrid.mixing import Strategy, make_strategy
@@ -255,6 +255,8 @@ def _check_keys(kind: type, values: Any, path: str) -> None:
                 + (f"did you mean {path + near[0]!r}?" if near else f"known: {', '.join(known)}")
             )
         hint: Any = known[key].type
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise InputError(f"config: {unknown_name(path + key, str(value), [str(arg) for arg in get_args(hint)])}")
         for inner in (kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and is_dataclass(kind)):
             if get_origin(hint) is tuple:
                 for number, entry in enumerate(value if isinstance(value, (list, tuple)) else [value]):

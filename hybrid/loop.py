@@ -67,9 +67,10 @@ def run(trainer: Any, strategy: Strategy, progress: Progress | None = None) -> M
     """
     strategy = copy.deepcopy(strategy)  # a run's memory is its own
     _check(trainer, strategy)
-    folder, progress = trainer.folder, progress or Progress(first=trainer.num_steps)
-    if not trainer.num_steps:
-        trainer.updater.num_updates = trainer.num_updates(strategy)
+    folder = trainer.folder
+    if progress is None:
+        progress = Progress(first=trainer.num_steps)
+        trainer.updater.begin(trainer.num_updates(strategy))
     total = None if strategy.num_steps is None else progress.first + strategy.num_steps
     kept = progress.logged if trainer.num_steps else {}
     with RunLog(folder, total_steps=total, new=not trainer.begun, kept=kept) as log:

@@ -428,3 +428,29 @@ def test_training_without_data_says_what_to_give(stories):
 def test_a_rollout_without_a_reward_says_what_to_give(stories):
     with pytest.raises(InputError, match="reward"):
         HybridTrainer(stories, train_data=ROWS).rollout(["Hello"])
+
+
+def test_every_call_of_train_has_the_whole_schedule(stories):
+    trainer = make(
+        stories, mixing={"strategy": "sequential", "sft_steps": 3, "ppo_steps": 0}, scheduler={"name": "linear"}
+    )
+    rates = []
+    step = trainer.sft_step
+    trainer.sft_step = lambda batch: (metrics := step(batch), rates.append(metrics["lr"]))[0]
+    trainer.train()
+    trainer.train()
+    assert rates == pytest.approx([1e-3, 1e-3 * 2 / 3, 1e-3 / 3] * 2)
+
+
+def test_an_evaluation_leaves_out_what_the_reward_skips(stories):
+    skipped = []
+
+    def choosy(response):
+        skipped.append(len(skipped))
+        if skipped[-1] % 2:
+            raise ValueError("no score")
+        return 1.0
+
+    spec = {"type": "python", "function": choosy, "on_error": "skip"}
+    trainer = make(stories, reward=spec, eval=EvalConfig(num_prompts=3, batch_size=1))
+    assert trainer.evaluate()["num_prompts"] == 2

@@ -11,7 +11,7 @@ from hybrid.core import Encoded, Rollout
 from hybrid.data import collate
 from hybrid.evaluate.text import evaluate_texts
 from hybrid.models import Policy, Reference
-from hybrid.rewards import Reward
+from hybrid.rewards import AllSkipped, Reward
 from hybrid.rollout import SamplingConfig, collect
 from hybrid.steps import SFTConfig, sft_batch_loss
 
@@ -51,18 +51,23 @@ def evaluate_responses(
     the text metrics of `evaluate_texts`.
     With a reward also reward: mean score; reward_sem: its standard error; positive: share of responses with reward
     > 0; of several parts reward/PART/raw_mean: mean of the scores before any postprocessing. The reward's state
-    (running means, history) is left as it was: training goes on from its own.
+    (running means, history) is left as it was: training goes on from its own. A response that the reward skips is
+    left out.
     """
     judge = _Unjudged() if reward is None else reward
     state = judge.state_dict()
     generator = torch.Generator(policy.device).manual_seed(seed)
-    rollouts = [
-        collect(
-            policy, references, judge, examples[start : start + batch_size],
-            tokenizer=tokenizer, sampling=sampling, generator=generator,
-        )
-        for start in range(0, len(examples), batch_size)
-    ]  # fmt: skip
+    rollouts = []
+    for start in range(0, len(examples), batch_size):
+        batch = examples[start : start + batch_size]
+        try:
+            rollouts += [
+                collect(policy, references, judge, batch, tokenizer=tokenizer, sampling=sampling, generator=generator)
+            ]
+        except AllSkipped:
+            # The last batch may be one response; only where none has a score is there nothing to measure.
+            if not rollouts and start + batch_size >= len(examples):
+                raise
     judge.load_state_dict(state)
     rows = [row for rollout in rollouts for row in sample_rows(rollout)]
     responses = [row["response"] for row in rows]

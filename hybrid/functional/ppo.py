@@ -13,6 +13,7 @@ __all__ = [
     "ImportanceLevel",
     "ImportanceMode",
     "Surrogate",
+    "aggregate",
     "importance_weight",
     "loss_divisor",
     "policy_loss",
@@ -66,6 +67,21 @@ def loss_divisor(mask: Tensor, aggregation: Aggregation = "token_mean", fixed_le
             raise ValueError("aggregation 'fixed_length' needs fixed_length, the tokens to divide each row by")
         return mask.shape[0] * fixed_length
     raise ValueError(f"aggregation must be token_mean, sequence_mean or fixed_length, got {aggregation!r}")
+
+
+def aggregate(
+    x: Tensor,
+    mask: Tensor,
+    aggregation: Aggregation = "token_mean",
+    *,
+    fixed_length: int | None = None,
+    num_tokens: int | None = None,
+) -> Tensor:
+    """Per-token terms of a loss (B, T) as one number, over the mask; the arguments as in `policy_loss`."""
+    divisor = loss_divisor(mask, aggregation, fixed_length if num_tokens is None else 1)
+    if aggregation == "sequence_mean":
+        x = x / mask.sum(1, keepdim=True).clamp(min=1)
+    return masked_sum(x, mask) / max(divisor if num_tokens is None else num_tokens, 1)
 
 
 def policy_loss(
@@ -131,12 +147,6 @@ def policy_loss(
         check_same_shape(weight=weight, mask=mask)
         loss = loss * weight.detach()
 
-    if aggregation == "sequence_mean":
-        loss = loss / mask.sum(1, keepdim=True).clamp(min=1)
-    if aggregation not in ("token_mean", "sequence_mean", "fixed_length"):
-        raise ValueError(f"aggregation must be token_mean, sequence_mean or fixed_length, got {aggregation!r}")
-    if num_tokens is None:
-        num_tokens = loss_divisor(mask, aggregation, fixed_length)
     with torch.no_grad():
         metrics = {
             "approx_kl": masked_mean(0.5 * log_ratio**2, mask),
@@ -144,7 +154,7 @@ def policy_loss(
             "ratio_mean": masked_mean(ratio, mask),
             "ratio_max": ratio.masked_fill(~mask, 0.0).max(),
         }
-    return masked_sum(loss, mask) / max(num_tokens, 1), metrics
+    return aggregate(loss, mask, aggregation, fixed_length=fixed_length, num_tokens=num_tokens), metrics
 
 
 def _check_clipping(clip: float | None, clip_high: float | None, dual_clip: float | None, surrogate: str) -> None:

@@ -1,6 +1,6 @@
 """Rewards: from a spec to a checked score for each response."""
 
-from hybrid.rewards.base import Handling, Reward, RewardError, RewardTimeout, register_reward
+from hybrid.rewards.base import AllSkipped, Handling, Reward, RewardError, RewardTimeout, register_reward
 from hybrid.rewards.factory import RewardType, known_rewards, make_reward
 from hybrid.rewards.listing import reward_listing, reward_markdown
 from hybrid.rewards.output import Part, RewardOutput
@@ -8,6 +8,7 @@ from hybrid.rewards.samples import Samples
 from hybrid.rewards.schema import reward_schema
 
 __all__ = [
+    "AllSkipped",
     "Handling",
     "Part",
     "Reward",

@@ -13,7 +13,17 @@ from hybrid.rewards.output import Part, RewardOutput
 from hybrid.rewards.postprocess import Postprocess
 from hybrid.rewards.samples import Samples, Target, shortened
 
-__all__ = ["Handling", "Reward", "RewardError", "RewardTimeout", "Row", "canonical", "register_reward", "rewards"]
+__all__ = [
+    "AllSkipped",
+    "Handling",
+    "Reward",
+    "RewardError",
+    "RewardTimeout",
+    "Row",
+    "canonical",
+    "register_reward",
+    "rewards",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -23,6 +33,10 @@ canonical: dict[str, str] = {}  # every registered name and alias, lower case ->
 
 class RewardError(RuntimeError):
     """A reward raised, or returned what is no score. A failed reward never becomes 0."""
+
+
+class AllSkipped(RewardError):
+    """A reward skipped every response of a batch."""
 
 
 class RewardTimeout(RewardError):

@@ -12,7 +12,7 @@ from hybrid.core import Batch, Encoded, InputError, Rollout
 from hybrid.data import filler_id, left_pad
 from hybrid.functional import kl_estimate, masked_sum, masked_whiten, token_reward
 from hybrid.models import Policy, Reference, before_response, response_stats
-from hybrid.rewards import Reward, RewardError, RewardOutput
+from hybrid.rewards import AllSkipped, Reward, RewardOutput
 from hybrid.rollout.kl import KLKind
 from hybrid.rollout.sample import Responses, SamplingConfig, sample
 
@@ -109,7 +109,7 @@ def collect(
 def _rows_with_a_score(scores: RewardOutput, reward: Reward) -> list[int]:
     kept = [i for i, valid in enumerate(scores.valid.tolist()) if valid]
     if not kept:
-        raise RewardError(f"reward {reward.component_name!r} skipped all {len(scores)} responses of a rollout")
+        raise AllSkipped(f"reward {reward.component_name!r} skipped all {len(scores)} responses of a rollout")
     return kept
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hybrid.core import InputError, Rollout
 from hybrid.functional import (
+    aggregate,
     group_advantage,
     importance_weight,
     kl_estimate,
@@ -112,6 +113,8 @@ def ppo_batch_loss(
 
         loss = policy_loss + value_coef * value_loss - entropy_coef * entropy + kl_loss_coef * kl
 
+    Entropy and KL are averaged as the policy's token losses are (`aggregation`), values over tokens.
+
     The value loss is there where the advantage has a critic; without, the value head gets no gradient.
     kl_loss_coef: the weight of the KL to the references as a loss, of kind k2 or k3; 0 where it is in the
         reward.
@@ -157,9 +160,11 @@ def ppo_batch_loss(
         loss = loss + config.value_coef * value_term
         metrics["value_loss"] = value_term.detach()
     if stats.entropy is not None:
-        loss = loss - config.entropy_coef * masked_sum(stats.entropy, mask) / max(divisors.tokens, 1)
+        entropy = aggregate(stats.entropy, mask, config.aggregation, num_tokens=divisors.policy)
+        loss = loss - config.entropy_coef * entropy
     if kl_loss_coef:
-        kl_term = _kl_to_references(stats.logprob, rollout, kl_kind) / max(divisors.tokens, 1)
+        kl = _kl_to_references(stats.logprob, rollout, kl_kind)
+        kl_term = aggregate(kl, mask, config.aggregation, num_tokens=divisors.policy)
         loss = loss + kl_loss_coef * kl_term
         metrics["kl_loss"] = kl_term.detach()
     return loss, metrics
@@ -192,10 +197,10 @@ def _importance_weight(rollout: Rollout, config: PPOConfig) -> tuple[Tensor | No
 
 
 def _kl_to_references(logprob: Tensor, rollout: Rollout, kind: str) -> Tensor:
-    """The KL to every reference, by weight, summed over the valid tokens."""
-    total = logprob.new_zeros(())
+    """The KL to the references, weighted and summed, (B, T)."""
+    total = torch.zeros_like(logprob)
     for weight, ref_logprob in zip(rollout.ref_weight, rollout.ref_logprob, strict=True):
-        total = total + weight * masked_sum(kl_estimate(logprob, ref_logprob, kind), rollout.mask)
+        total = total + weight * kl_estimate(logprob, ref_logprob, kind)
     return total
 
 

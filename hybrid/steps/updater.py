@@ -45,6 +45,13 @@ class Updater:
         self._section = scheduler
         self._made: list[LRScheduler | None] = []  # empty until the first use fixes the run's length
 
+    def begin(self, num_updates: int | None) -> None:
+        """A run of so many optimizer steps: the scheduler starts anew, from the rates that it started from."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group.get("initial_lr", group["lr"])
+        self.num_updates = num_updates
+        self._made.clear()
+
     @property
     def scheduler(self) -> LRScheduler | None:
         """The scheduler over `num_updates` steps as they stand when it is first used."""
