@@ -66,7 +66,7 @@ def main() -> None:
     study = [
         Job(work, task, arm, seed, quick=arguments.quick)
         for task in arguments.tasks
-        for seed in range(arguments.seeds or TASKS[task].seeds)
+        for seed in range(arguments.seeds)
         for arm in arguments.arms
     ]
     sweep = [
@@ -90,7 +90,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--seeds", type=int, help="runs of each arm (default: the task's, 3 or 5)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each arm")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, of one thread each")
     parser.add_argument("--work", default="runs/mixing", help="folder of data, base models and finished runs")
     parser.add_argument("--sweep", action="store_true", help="only measure the learning rates")

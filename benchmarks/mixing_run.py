@@ -75,7 +75,7 @@ ARMS: dict[str, Callable[[Lengths], dict[str, Any]]] = {
     "ptx": lambda n: _joint(n, strategy="ptx", gamma=1.0),
     # Four responses to each prompt, to judge it by their mean: the same number of responses as elsewhere.
     "gate": lambda n: {
-        "mixing": {"strategy": "gate", "ppo_steps": ENOUGH, "judge_by": "mean", "buffer": 8},
+        "mixing": {"strategy": "gate", "ppo_steps": ENOUGH, "judge_by": "mean", "buffer": 32},
         "ppo": {"batch_size": 16, "samples_per_prompt": 4},
     },
     "hint": lambda n: {

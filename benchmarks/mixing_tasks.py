@@ -40,7 +40,7 @@ class Task:
         `pretrain`, the language of the base model.
     base: how the base model is made, or the folder of one.
     settings: config sections that all arms share.   budget: tokens of a run, see `mixing_run.Metered`.
-    kl_coef: of the arms that have a KL penalty.   seeds: runs of each arm.
+    kl_coef: of the arms that have a KL penalty.
     sft_goal: what the sweep judges SFT by; the reward, where the demonstrations show what it asks for.
     sft_lr, ppo_lr: by `mixing.py --sweep`; NOTES.md says how.   is_hard: prompts whose reward is also reported alone.
     """
@@ -53,7 +53,6 @@ class Task:
     kl_coef: float
     sft_lr: float
     ppo_lr: float
-    seeds: int = 3
     sft_goal: Literal["sft_loss", "reward"] = "sft_loss"
     is_hard: Callable[[str], bool] | None = None
 
@@ -184,7 +183,6 @@ TASKS = {
         budget=200_000,
         sft_lr=1e-3,
         ppo_lr=1e-4,
-        seeds=5,
         sft_goal="reward",
         is_hard=lambda prompt: len(prompt.rstrip(">")) >= 6,
     ),
