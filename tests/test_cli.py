@@ -37,7 +37,8 @@ def config(tmp_path, stories):
 def test_train_evaluates_trains_exports_and_reports(config, tmp_path, capsys):
     assert main(["train", str(config)]) == 0
     run = tmp_path / "run"
-    assert {p.name for p in run.iterdir()} == {"config.yaml", "metrics.jsonl", "samples.jsonl", "report.html", "export"}
+    names = {"config.yaml", "metrics.jsonl", "samples.jsonl", "report.html", "export", "checkpoints"}
+    assert {p.name for p in run.iterdir()} == names
     printed = capsys.readouterr().out
     assert "reward" in printed
     assert "report.html" in printed
