@@ -234,11 +234,11 @@ class HybridTrainer:
         config = self.config.ppo
         batches = batches if batches is not None and sft_coef else iter(())
         learnt = with_advantages(rollout if rows is None else rollout[rows.to(self.policy.device)], config)
+        factors = {"ppo": config.lr_factor, "sft": self.config.sft.lr_factor}
         steps: list[Metrics] = []
         for picked in minibatches(len(learnt), config, self.shuffler):
             terms: list[Term[Any]] = [self._ppo_term(learnt[picked.to(self.policy.device)], ppo_coef)]
             terms += [self._sft_term(self.corpus.batch(batch), sft_coef) for batch in islice(batches, 1)]
-            factors = {"ppo": config.lr_factor, "sft": self.config.sft.lr_factor}
             weights = sum(term.coef for term in terms)
             lr_factor = sum(term.coef / weights * factors[term.name] for term in terms)
             steps.append(self.updater(terms, lr_factor=lr_factor))

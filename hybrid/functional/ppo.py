@@ -1,6 +1,6 @@
 """The losses of proximal policy optimisation: clipped, unclipped and CISPO policy loss, clipped value loss."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ def loss_divisor(mask: Tensor, aggregation: Aggregation = "token_mean", fixed_le
         if not fixed_length:
             raise ValueError("aggregation 'fixed_length' needs fixed_length, the tokens to divide each row by")
         return mask.shape[0] * fixed_length
-    raise ValueError(f"aggregation must be token_mean, sequence_mean or fixed_length, got {aggregation!r}")
+    raise _unknown(aggregation)
 
 
 def aggregate(
@@ -78,10 +78,17 @@ def aggregate(
     num_tokens: int | None = None,
 ) -> Tensor:
     """Per-token terms of a loss (B, T) as one number, over the mask; the arguments as in `policy_loss`."""
-    divisor = loss_divisor(mask, aggregation, fixed_length if num_tokens is None else 1)
+    if num_tokens is None:
+        num_tokens = loss_divisor(mask, aggregation, fixed_length)
+    elif aggregation not in get_args(Aggregation):
+        raise _unknown(aggregation)
     if aggregation == "sequence_mean":
         x = x / mask.sum(1, keepdim=True).clamp(min=1)
-    return masked_sum(x, mask) / max(divisor if num_tokens is None else num_tokens, 1)
+    return masked_sum(x, mask) / max(num_tokens, 1)
+
+
+def _unknown(aggregation: str) -> ValueError:
+    return ValueError(f"aggregation must be token_mean, sequence_mean or fixed_length, got {aggregation!r}")
 
 
 def policy_loss(

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hybrid.functional import loss_divisor, policy_loss, value_loss
+from hybrid.functional import aggregate, loss_divisor, policy_loss, value_loss
 
 # float64 sums over a dozen tokens: rounding stays far below this.
 TIGHT = 1e-10
@@ -394,3 +394,14 @@ def test_explained_variance_is_zero_where_the_return_does_not_vary(return_, leng
     value = torch.randn(1, length, generator=torch.Generator().manual_seed(0))
     _, metrics = value_loss(value, value, torch.full((1, length), return_), torch.ones(1, length))
     assert metrics["explained_variance"].item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "fixed_length", "expected"),
+    # Rows of two and of one token: (1 + 2 + 3) / 3, ((1 + 2) / 2 + 3) / 2, and 6 over two rows of 4.
+    [("token_mean", None, 2.0), ("sequence_mean", None, 2.25), ("fixed_length", 4, 0.75)],
+)
+def test_aggregate_by_hand(aggregation, fixed_length, expected):
+    x = torch.tensor([[1.0, 2.0, 9.0], [3.0, 9.0, 9.0]], dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
+    assert aggregate(x, mask, aggregation, fixed_length=fixed_length).item() == expected

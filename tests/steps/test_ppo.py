@@ -160,3 +160,19 @@ def test_statistics_of_a_rollout_leave_the_padding_out(rollout):
     assert metrics["explained_variance"] == pytest.approx(
         1 - (errors.var() / done.return_[rollout.mask].var()).item(), rel=1e-4
     )
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+def test_the_kl_in_the_loss_is_averaged_as_the_policy_loss_is(policy, rollout, aggregation):
+    config = PPOConfig(batch_size=6, minibatch_size=6, aggregation=aggregation)
+    rollout = with_advantages(rollout, config)
+    _, metrics = ppo_batch_loss(policy, rollout, config, kl_loss_coef=0.5, kl_kind="k2")
+    rows = [
+        [0.5 * (a - b).item() ** 2 for a, b, m in zip(*row, strict=True) if m]
+        for row in zip(rollout.old_logprob.double(), rollout.ref_logprob[0].double(), rollout.mask, strict=True)
+    ]
+    means = [sum(row) / len(row) for row in rows]
+    tokens = [x for row in rows for x in row]
+    expected = sum(means) / len(means) if aggregation == "sequence_mean" else sum(tokens) / len(tokens)
+    # The policy has not moved since the rollout; float32 sums of some dozen tokens.
+    assert metrics["kl_loss"].item() == pytest.approx(expected, rel=1e-4)
