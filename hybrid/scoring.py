@@ -37,6 +37,13 @@ def score_rows(reward: Reward, rows: Sequence[Mapping[str, Any]], columns: Mappi
         if column not in known and (role == "response" or column != COLUMNS[role]):
             raise unknown_name("column", column, known, hint=f"Name it with --{role}.")
     response, target, prompt = ([row.get(columns[role]) for row in rows] for role in COLUMNS)
+    reward.check_data(target, rows, what="rows", hint="name its column with --target")
+    if reward.needs_target and (missing := [number for number, text in enumerate(target, start=1) if text is None]):
+        raise InputError(
+            f"reward {reward.component_name!r} compares with a target, and row {missing[0]} has no "
+            f"{columns['target']!r} ({len(missing)} of {len(rows)} rows have none): leave such rows out, or give them "
+            "a text, which may be empty"
+        )
     try:
         return reward.score(response, target, prompt, list(rows))
     except ValueError as error:

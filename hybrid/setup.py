@@ -187,17 +187,25 @@ def model_context(policy: nn.Module | str | Path) -> int | None:
 
 
 def read_examples_of(
-    config: HybridConfig, train_data: Any = None, eval_data: Any = None, ptx_data: Any = None
+    config: HybridConfig, train_data: Any = None, eval_data: Any = None, ptx_data: Any = None, reward: Any = None
 ) -> tuple[list[Example], list[Example], list[Example]]:
-    """(training, held-out, second) examples of a run, from what is given or the config names; none at all is fine."""
+    """(training, held-out, second) examples of a run, from what is given or the config names; none at all is fine.
+
+    Raises InputError where the reward cannot score them.
+    """
     data, seed = config.data, config.run.seed
     train_data = data.train if train_data is None else train_data
     eval_data = data.eval if eval_data is None else eval_data
     ptx_data = config.ptx_data.train if ptx_data is None else ptx_data
     train = [] if train_data is None else read_examples(train_data, data, seed=seed)
+    held_out = [] if eval_data is None else read_examples(eval_data, data, seed=seed)
     ptx = [] if ptx_data is None else read_examples(ptx_data, config.ptx_data, seed=seed)
+    if reward is not None:
+        for what, examples in (("training examples", train), ("held-out examples", held_out)):
+            targets, items = [e.target for e in examples], [e.item for e in examples]
+            reward.check_data(targets, items, what=what, hint="name its column with data.target")
     if eval_data is not None:
-        return train, read_examples(eval_data, data, seed=seed), ptx
+        return train, held_out, ptx
     train, held_out = split_examples(train, data.eval_fraction, seed=seed) if train else ([], [])
     return train, held_out, ptx
 

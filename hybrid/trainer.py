@@ -108,7 +108,7 @@ class HybridTrainer:
         self.strategy = make_strategy(config.mixing)
         self.reward = None if config.reward is None else make_reward(config.reward)
         self.folder = None if config.run.output is None else open_run_folder(config.run.output)
-        examples = read_examples_of(config, train_data, eval_data, ptx_data)
+        examples = read_examples_of(config, train_data, eval_data, ptx_data, self.reward)
         context = model_context(source)
         self.tokenizer = load_tokenizer(source) if tokenizer is None else tokenizer
         self.corpus = encoded_corpus(config, self.tokenizer, *examples, context=context)

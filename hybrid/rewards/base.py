@@ -11,7 +11,7 @@ import torch
 from hybrid.core import InputError, Registry
 from hybrid.rewards.output import Part, RewardOutput
 from hybrid.rewards.postprocess import Postprocess
-from hybrid.rewards.samples import Samples, Target, shortened
+from hybrid.rewards.samples import Samples, Target, has_text, shortened
 
 __all__ = [
     "AllSkipped",
@@ -98,6 +98,7 @@ class Reward:
     handling = Handling()
     spec: Any = None  # what `make_reward` made it from
     needs_batch: bool = False  # the score depends on the other samples, or on earlier ones
+    needs_target: bool = False  # without any target its scores mean nothing
     takes_references: bool = False  # the target is handed on as it came, be it a list
     reads: tuple[str, ...] = ("response", "target", "prompt", "item")  # what makes two samples different
     char_limit: int | None = None  # the `max_chars` of this type, where the spec gives none
@@ -110,8 +111,8 @@ class Reward:
     def __call__(
         self, response: str | None, target: Target | None = "", *, prompt: str | None = "", item: Any = None
     ) -> float:
-        """The score of one sample."""
-        return self.score([response], [target], [prompt], [item])[0]
+        """The score of one sample. None is a legal text, the empty one."""
+        return self.score([response], [target or ""], [prompt], [item])[0]
 
     def score(
         self,
@@ -124,7 +125,8 @@ class Reward:
 
         responses: B texts, None being ""; or the whole batch, as `Samples`.   targets: a text each, or a list of
         references, of which the best counts.   items: whatever else the reward is to know of each sample.
-        Raises RewardError where there is no score, ValueError if the lengths differ.
+        Raises RewardError where there is no score, ValueError if the lengths differ. A reward that needs a target has
+        no score in a batch without any: no `targets`, or None for all. Among others a None is "".
         """
         columns = responses if isinstance(responses, Samples) else (responses, targets, prompts, items)
         rows, part, inner = self._run(Samples.checked(*columns))
@@ -137,6 +139,17 @@ class Reward:
 
     def setup(self, device: str | torch.device | None = None) -> None:
         """Load what scoring needs, onto `device`. Without it that happens at the first score."""
+
+    def check_data(self, targets: Sequence[Any], items: Sequence[Any], *, what: str, hint: str) -> None:
+        """Raises InputError where data lack what the reward needs. Nothing has been loaded by then.
+
+        what: the samples' name in the message ("training examples").   hint: how to give them what is missing.
+        """
+        if self.needs_target and targets and not any(map(has_text, targets)):
+            raise InputError(
+                f"reward {self.component_name!r} compares with a target, and none of the {len(targets)} {what} "
+                f"has one: {hint}, or take another reward"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to score alike; most rewards keep nothing between batches."""
@@ -212,6 +225,11 @@ class Reward:
 
     def _ask(self, samples: Samples) -> Answers:
         """Ask the hook about each different sample once, and about one reference at a time."""
+        if samples.responses and samples.targets[0] is None:
+            if self.needs_target:
+                said = f"reward {self.component_name!r} compares with a target, and no sample of the batch has one"
+                return Answers([RewardError(said)] * len(samples.responses), {}, {})
+            samples = samples._replace(targets=[""] * len(samples.responses))
         if self.needs_batch:
             return Answers(self._answers(samples), {}, {})
         places: dict[Any, int] = {}

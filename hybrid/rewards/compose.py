@@ -48,6 +48,14 @@ class Composite(Reward):
         for component in self.components.values():
             component.reward.setup(device)
 
+    @property
+    def needs_target(self) -> bool:  # type: ignore[override]
+        return any(component.reward.needs_target for component in self.components.values())
+
+    def check_data(self, targets: Sequence[Any], items: Sequence[Any], *, what: str, hint: str) -> None:
+        for component in self.components.values():
+            component.reward.check_data(targets, items, what=what, hint=hint)
+
     def _combine(self, scores: Sequence[float], weights: Sequence[float]) -> float:
         raise NotImplementedError(f"{type(self).__name__} must implement _combine")
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["Samples", "Target", "shortened"]
+__all__ = ["Samples", "Target", "has_text", "shortened"]
 
 # Half of a UTF-16 pair is no character, but JSON can hold one, and tokenizers raise on it.
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -15,7 +15,7 @@ Target = str | Sequence[str]  # one reference, or several
 class Samples(NamedTuple):
     """B samples: four lists of one length. A target is a text, or several references.
 
-    A user may leave columns and texts out; `checked` puts "" there.
+    A user may leave columns and texts out; `checked` puts "" there. Only where no sample has a target are all None.
     """
 
     responses: Any
@@ -33,9 +33,11 @@ class Samples(NamedTuple):
             if column is not None and len(column) != len(responses):
                 raise ValueError(f"{name} must be as many as responses: got {len(column)} for {len(responses)}")
         empty = [None] * len(responses)
+        checked = [_target(target, f"targets[{i}]") for i, target in enumerate(empty if targets is None else targets)]
+        some = any(target is not None for target in checked)
         return cls(
             [_text(text, f"responses[{i}]") for i, text in enumerate(responses)],
-            [_target(target, f"targets[{i}]") for i, target in enumerate(empty if targets is None else targets)],
+            [target or "" for target in checked] if some else checked,
             [_text(text, f"prompts[{i}]") for i, text in enumerate(empty if prompts is None else prompts)],
             list(empty if items is None else items),
         )
@@ -48,7 +50,7 @@ class Samples(NamedTuple):
         """The samples with every text cut to `num_chars` characters, and how many samples that changed."""
         cut = Samples(
             [text[:num_chars] for text in self.responses],
-            [[t[:num_chars] for t in x] if isinstance(x, list) else x[:num_chars] for x in self.targets],
+            [[t[:num_chars] for t in x] if isinstance(x, list) else x and x[:num_chars] for x in self.targets],
             [text[:num_chars] for text in self.prompts],
             self.items,
         )
@@ -56,6 +58,12 @@ class Samples(NamedTuple):
             before != after for before, after in zip(zip(*self, strict=True), zip(*cut, strict=True), strict=True)
         )
         return cut, changed
+
+
+def has_text(target: Any) -> bool:
+    """Whether there is anything but white space in a target, or in one of several references."""
+    texts = target if isinstance(target, (list, tuple)) else [target]
+    return any(text is not None and str(text).strip() for text in texts)
 
 
 def shortened(text: str, width: int = 80) -> str:
@@ -71,8 +79,10 @@ def _text(text: Any, place: str) -> str:
     return LONE_SURROGATE.sub("\ufffd", text)
 
 
-def _target(target: Any, place: str) -> Target:
-    """One reference as a text, several as a list of at least two."""
+def _target(target: Any, place: str) -> Target | None:
+    """One reference as a text, several as a list of at least two; None for none."""
+    if target is None or (isinstance(target, (list, tuple)) and not target):
+        return None
     if not isinstance(target, (list, tuple)):
         return _text(target, place)
     references = [_text(reference, f"{place}[{i}]") for i, reference in enumerate(target)]

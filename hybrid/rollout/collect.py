@@ -73,7 +73,9 @@ def collect(
     hints = [e.prompt_ids[len(e.prompt_ids) - e.num_hint :] for e in examples]
     texts = response_texts(tokenizer, responses, hints)
     prompts, targets = tuple(e.prompt for e in examples), tuple(e.target for e in examples)
-    scores = reward.score(texts, targets, prompts, [e.item for e in examples])
+    # A bare prompt comes from no row, and so has no target; a row's may be the empty text.
+    given = [e.target if e.target or e.item else None for e in examples]
+    scores = reward.score(texts, given, prompts, [e.item for e in examples])
     kept = _rows_with_a_score(scores, reward)
     scored = time.perf_counter()
     rollout = assemble(

@@ -31,6 +31,7 @@ class BERTScore(ModelReward):
     """
 
     reads = ("response", "target")
+    needs_target = True
 
     model_type: str = "microsoft/deberta-xlarge-mnli"
     rescale_with_baseline: bool = False

@@ -47,6 +47,7 @@ class Coverage(Reward):
     """
 
     reads = ("response", "target")
+    needs_target = True
 
     unit: Literal["words", "entities"] = "words"
     stopwords: Literal["english"] | list[str] | None = "english"  # of unit words; a list is taken instead of ours

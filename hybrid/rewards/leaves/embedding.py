@@ -26,6 +26,7 @@ class CosineSTS(ModelReward):
     """
 
     reads = ("response", "target")
+    needs_target = True
 
     model: str = "all-MiniLM-L6-v2"  # a name for sentence-transformers, or a folder
     device: str | None = None
@@ -52,6 +53,7 @@ class Memory(ModelReward):
     """
 
     reads = ("response", "target")
+    needs_target = True
 
     window: int = 50
     embedder: str = "all-MiniLM-L6-v2"

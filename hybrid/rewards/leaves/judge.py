@@ -89,6 +89,8 @@ class Judge(Reward):
         _check_url(self.base_url)
         self._template = _template(self.rubric)
         self.reads = tuple(dict.fromkeys(PLACEHOLDER.findall(self._template)))
+        # The built-in rubrics say what an empty reference means.
+        self.needs_target = "target" in self.reads and self.rubric not in RUBRICS
         if self.extra_body and (taken := self.extra_body.keys() & {"model", "messages", "stream"}):
             raise InputError(f"extra_body must leave {', '.join(sorted(taken))} alone")
         try:

@@ -161,6 +161,7 @@ class GPTScore(LanguageModelReward):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.needs_target = "target" in PLACEHOLDER.findall(self.rubric)
         for name in PLACEHOLDER.findall(self.rubric):
             if name not in ("prompt", "target"):
                 raise InputError(f"rubric: {unknown_name('placeholder', name, ['prompt', 'target'])}")

@@ -22,6 +22,7 @@ class LearnedMetric(Reward):
     """A batch function of `learned_metric_functions`, called in a process of the Python `interpreter`."""
 
     reads = ("response", "target", "prompt")
+    needs_target = True
 
     package: ClassVar[str]  # what pip installs
     module: ClassVar[str]  # what Python imports

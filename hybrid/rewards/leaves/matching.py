@@ -32,6 +32,7 @@ class ExactMatch(Reward):
     """
 
     reads = ("response", "target")
+    needs_target = True
 
     lowercase: bool = False
     strip: bool = False  # leave out white space at both ends
@@ -133,6 +134,7 @@ class Jaccard(Reward):
     """
 
     reads = ("response", "target")
+    needs_target = True
 
     lowercase: bool = True
 
@@ -152,6 +154,7 @@ class Levenshtein(Reward):
     """
 
     reads = ("response", "target")
+    needs_target = True
 
     normalize: bool = True
 

@@ -33,6 +33,7 @@ class TruthNLI(ModelReward):
     """
 
     reads = ("response", "target")
+    needs_target = True
 
     model: str = "roberta-large-mnli"  # CONTRADICTION, NEUTRAL, ENTAILMENT
     aggregation: Aggregation = "p_e_minus_p_c"

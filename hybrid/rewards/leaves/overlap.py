@@ -38,6 +38,7 @@ class Bleu(Reward):
     """
 
     reads = ("response", "target")
+    needs_target = True
 
     smooth_method: Literal["exp", "floor", "add-k", "none"] = "exp"
     lowercase: bool = True
@@ -69,6 +70,7 @@ class Chrf(Reward):
     """
 
     reads = ("response", "target")
+    needs_target = True
 
     char_order: int = 6
     word_order: int = 0
@@ -104,6 +106,7 @@ class Ter(Reward):
     """
 
     reads = ("response", "target")
+    needs_target = True
 
     normalized: bool = False  # split punctuation off, as tercom does
     no_punct: bool = False
@@ -147,6 +150,7 @@ class RougeL(Reward):
     """
 
     reads = ("response", "target")
+    needs_target = True
 
     use_stemmer: bool = True
     lowercase: bool = True
@@ -189,6 +193,7 @@ class Meteor(Reward):
     """
 
     reads = ("response", "target")
+    needs_target = True
 
     tokenize: Literal["whitespace", "wordpunct"] = "whitespace"  # wordpunct: punctuation marks are words too
     alpha: float = 0.9

@@ -28,6 +28,7 @@ class TokenF1(Reward):
     """
 
     reads = ("response", "target")
+    needs_target = True
 
     def _score_one(self, response: str, target: str, prompt: str, item: Any) -> float:
         ours, theirs = _words(response), _words(target)

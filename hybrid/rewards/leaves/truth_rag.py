@@ -45,6 +45,7 @@ class TruthRAG(ModelReward):
         self.nli_model = existing_model(self.nli_model, "nli_model")
         self._judge = TruthNLI(self.nli_model, self.aggregation, self.labels)
         self._passages = list(dict.fromkeys(texts_of(self.corpus, "corpus")))
+        self.needs_target = not self._passages
 
     def _load(self, device: torch.device) -> Any:
         judge = self._judge._load(device)
