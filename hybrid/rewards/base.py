@@ -254,7 +254,7 @@ class Reward:
         responses = samples.responses
         self._prepare()
         try:
-            values = self._score(*samples)
+            values = self._score(*samples.copied(items="item" in self.reads))
         except InputError:  # what the reward needs cannot be loaded: no sample's fault
             raise
         except Exception as error:  # noqa: BLE001 - it stands in the sample's place until `handling` decides

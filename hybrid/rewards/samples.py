@@ -1,5 +1,6 @@
 """What a reward is asked about: a batch of samples, put in order before any reward sees it."""
 
+import copy
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -45,6 +46,20 @@ class Samples(NamedTuple):
     def of(self, rows: Sequence[int]) -> "Samples":
         """Some of the samples."""
         return Samples(*([column[i] for i in rows] for column in self))
+
+    def copied(self, *, items: bool) -> "Samples":
+        """The samples in lists that a reward may change. items: whether it may change these too."""
+        targets = [list(x) if isinstance(x, list) else x for x in self.targets]
+        own = list(self.items)
+        for i, item in enumerate(self.items if items else ()):
+            try:
+                own[i] = copy.deepcopy(item)
+            except Exception as error:
+                raise ValueError(
+                    f"items[{i}] cannot be copied for the reward, which must not change yours: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+        return Samples(list(self.responses), targets, list(self.prompts), own)
 
     def cut(self, num_chars: int) -> "tuple[Samples, int]":
         """The samples with every text cut to `num_chars` characters, and how many samples that changed."""

@@ -1,4 +1,5 @@
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -286,3 +287,55 @@ def test_state_of_another_reward_is_refused():
 def test_register_reward_refuses_a_class_that_is_no_reward():
     with pytest.raises(TypeError, match="takes a Reward class or a function"):
         register_reward("not_a_reward")(dict)
+
+
+def spoils(response, target, item):
+    target.append("spoilt")
+    item["choices"].clear()
+    item["seen"]["by"] = response
+    return 1.0
+
+
+def spoils_all(responses, targets, prompts, items):
+    for sample in zip(responses, targets, items, strict=True):
+        spoils(*sample)
+    for column in (responses, targets, prompts, items):
+        column.reverse()
+    return [1.0] * len(responses)
+
+
+class Spoils(Reward):
+    takes_references = True
+
+    def _score_one(self, response, target, prompt, item):
+        return spoils(response, target, item)
+
+
+@pytest.mark.parametrize("reward", [spoils, spoils_all, Spoils()])
+def test_a_reward_that_changes_what_it_is_given_changes_a_copy(reward):
+    batch = Samples(
+        ["a", "b"], [["t", "u"], ["v", "w"]], ["p", "q"], [{"choices": [1], "seen": {}}, {"choices": [2], "seen": {}}]
+    )
+    before = repr(batch)
+    echo = Echo()
+    echo.takes_references = True
+    both = make_reward({"type": "weighted_sum", "components": [reward, echo]})
+    assert both.score(batch) == [0.5, 0.5]
+    assert repr(batch) == before
+    assert repr(Samples(*echo.samples)) == before
+
+
+def test_each_sample_of_one_item_gets_its_own_copy():
+    items = [{"seen": []}] * 2
+
+    def counts(response, item):
+        item["seen"].append(response)
+        return len(item["seen"])
+
+    assert make_reward(counts).score(["a", "b"], items=items) == [1, 1]
+    assert make_reward(counts).score(["a", "a"], items=items).parts["counts"].counts["cache_hits"] == 1
+
+
+def test_an_item_that_cannot_be_copied_is_named():
+    with pytest.raises(RewardError, match=r"items\[0\] cannot be copied .*: TypeError"):
+        make_reward(lambda response, item: 1.0).score(["a"], items=[{"lock": threading.Lock()}])
