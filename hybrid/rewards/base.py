@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 
 from hybrid.core import InputError, Registry
+from hybrid.rewards.fit import counted_cuts
 from hybrid.rewards.output import Part, RewardOutput
 from hybrid.rewards.postprocess import Postprocess
 from hybrid.rewards.samples import Samples, Target, has_text, shortened
@@ -99,6 +100,9 @@ class Reward:
     spec: Any = None  # what `make_reward` made it from
     needs_batch: bool = False  # the score depends on the other samples, or on earlier ones
     needs_target: bool = False  # without any target its scores mean nothing
+    takes_none: bool = (
+        False  # None in a number's place says that the reward does not apply to the sample: it is skipped
+    )
     takes_references: bool = False  # the target is handed on as it came, be it a list
     reads: tuple[str, ...] = ("response", "target", "prompt", "item")  # what makes two samples different
     char_limit: int | None = None  # the `max_chars` of this type, where the spec gives none
@@ -209,9 +213,14 @@ class Reward:
         if limit := handling.max_chars or self.char_limit:
             samples, counts["truncated"] = samples.cut(limit)
         asked = [i for i, text in enumerate(samples.responses) if handling.empty_value is None or text.strip()]
-        answers = self._ask(samples.of(asked)) if asked else Answers([], {}, {})
+        with counted_cuts() as cuts:
+            answers = self._ask(samples.of(asked)) if asked else Answers([], {}, {})
+        if cuts:
+            counts["truncated"] = counts.get("truncated", 0) + sum(cuts)
         failures = [row for row in answers.rows if isinstance(row, RewardError)]
         counts["invalid"] = len(failures)
+        if skipped := sum(row is None for row in answers.rows):
+            counts["skipped"] = skipped
         counts["timeouts"] = sum(isinstance(failure, RewardTimeout) for failure in failures)
         for name, count in (*answers.counts.items(), *self.drain_counters().items()):
             counts[name] = counts.get(name, 0) + count
@@ -295,6 +304,8 @@ class Reward:
     def _number(self, value: Any, response: str) -> Row:
         if isinstance(value, Exception):
             return self._failure(f"response {shortened(response)}", value)
+        if value is None and self.takes_none:
+            return None
         try:
             # float("0.5") would pass.
             number = math.nan if isinstance(value, (str, bytes)) else float(value)

@@ -1,6 +1,6 @@
 """Asking sequence classifiers: their logits of many texts at once, and their labels by name."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from hybrid.core import InputError
+from hybrid.rewards.fit import count_cut, fitted
 from hybrid.rewards.models import pretrained
 
 __all__ = [
     "Classifier",
+    "fitted_to",
     "label_index",
     "load_classifier",
     "logits",
@@ -56,8 +58,8 @@ def logits(
 ) -> Tensor:
     """What the model answers to each text or pair of texts: (N, outputs) float32 on the CPU, in the texts' order.
 
-    Texts are cut to what the model can read, a pair at its longer side. Those of similar length share a batch.
-    A model without a pad token is asked in batches all the same, and says what it says to a text alone.
+    Texts are cut to what the model can read, a pair at its longer side, and counted. Those of similar length share a
+    batch. A model without a pad token is asked in batches all the same, and says what it says to a text alone.
     special_tokens: False for texts that hold the model's own already, as a chat template writes them.
     """
     rows = _encoded(classifier, texts, special_tokens)
@@ -67,6 +69,38 @@ def logits(
         chosen = order[start : start + batch_size]
         answers[chosen] = _answers(classifier.model, [rows[i] for i in chosen])
     return answers
+
+
+def fitted_to(
+    classifier: Classifier,
+    samples: Sequence[tuple[str, str]],
+    put: Callable[[str, str], str | tuple[str, str]],
+    *,
+    special_tokens: bool = True,
+) -> list[tuple[str, str]]:
+    """Each (prompt, response) as the model can read it whole, by `fitted`: the response is kept.
+
+    put: how the two become the text, or the pair of texts, that the model reads.
+    """
+    tokenizer = classifier.tokenizer
+    longest = max_tokens(tokenizer, classifier.model)
+    limit = longest * CHARACTERS_PER_TOKEN
+
+    def num_tokens(prompt: str, response: str) -> int:
+        given = put(prompt, response)
+        texts = (given,) if isinstance(given, str) else given
+        return len(tokenizer(*texts, add_special_tokens=special_tokens, verbose=False)["input_ids"])
+
+    def starts(text: str) -> Sequence[int]:
+        if not tokenizer.is_fast:  # it does not tell
+            return range(len(text))
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return [start for start, _ in found["offset_mapping"]]
+
+    return [
+        fitted(prompt[-limit:], response[:limit], num_tokens=num_tokens, starts=starts, longest=longest)
+        for prompt, response in samples
+    ]
 
 
 def label_index(labels: Sequence[str], wanted: str, path_word: str) -> int:
@@ -150,13 +184,18 @@ def _encoded(classifier: Classifier, texts: Sequence[Any], special_tokens: bool)
     tokenizer = classifier.tokenizer
     longest = max_tokens(tokenizer, classifier.model)
     sides = list(zip(*texts, strict=True)) if isinstance(texts[0], tuple) else [texts]
-    encoded = tokenizer(
-        *[[text[: longest * CHARACTERS_PER_TOKEN] for text in side] for side in sides],
-        truncation=True,
-        max_length=longest,
-        add_special_tokens=special_tokens,
-        return_attention_mask=False,
-    )
+    short = [[text[: longest * CHARACTERS_PER_TOKEN] for text in side] for side in sides]
+    options = {"add_special_tokens": special_tokens, "return_attention_mask": False, "verbose": False}
+    encoded = tokenizer(*short, **options)
+    too_long = [i for i, ids in enumerate(encoded["input_ids"]) if len(ids) > longest]
+    if too_long:
+        count_cut(len(too_long))
+        cut = tokenizer(
+            *[[side[i] for i in too_long] for side in short], truncation=True, max_length=longest, **options
+        )
+        for key in encoded:
+            for place, i in enumerate(too_long):
+                encoded[key][i] = cut[key][place]
     # A tokenizer that adds no special tokens turns "" into no tokens, of which no model says anything.
     ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id, 0)
     blank = next(end for end in ends if end is not None)

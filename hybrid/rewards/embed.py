@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hybrid.core import InputError, first_line
+from hybrid.rewards.fit import count_longer
 
 __all__ = ["LONGEST", "embeddings", "load_embedder", "nearness", "packaged", "texts_of"]
 
@@ -38,6 +39,8 @@ def embeddings(embedder: Any, texts: Sequence[str]) -> Tensor:
     index = {text: i for i, text in enumerate(dict.fromkeys(text[:LONGEST] for text in texts))}
     if not index:
         return torch.zeros(0, 0, dtype=torch.float64)
+    if (tokenizer := _tokenizer(embedder)) is not None and embedder.max_seq_length is not None:
+        count_longer(tokenizer, list(index), embedder.max_seq_length)
     encoded = embedder.encode(list(index), batch_size=32, convert_to_tensor=True, show_progress_bar=False)
     units = torch.nn.functional.normalize(encoded.cpu().double(), dim=-1)
     return units[[index[text[:LONGEST]] for text in texts]]
@@ -101,12 +104,18 @@ def packaged(name: str) -> str | None:
 
 def _known(embedder: Any, texts: Sequence[str]) -> dict[str, bool]:
     """Whether the embedder's tokenizer knows any token of each text; true where it cannot tell."""
-    from transformers import PreTrainedTokenizerBase
-
     unique = list(dict.fromkeys(texts))
-    tokenizer = getattr(embedder, "tokenizer", None)
-    if not unique or not isinstance(tokenizer, PreTrainedTokenizerBase):
+    tokenizer = _tokenizer(embedder)
+    if not unique or tokenizer is None:
         return dict.fromkeys(unique, True)
     empty = set(tokenizer.all_special_ids)  # the unknown token is one of them
     rows = tokenizer([text[:LONGEST] for text in unique], add_special_tokens=False, verbose=False).input_ids
     return {text: not empty.issuperset(row) for text, row in zip(unique, rows, strict=True)}
+
+
+def _tokenizer(embedder: Any) -> Any:
+    """The embedder's tokenizer, if it is one of transformers'; else None."""
+    from transformers import PreTrainedTokenizerBase
+
+    tokenizer = getattr(embedder, "tokenizer", None)
+    return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None

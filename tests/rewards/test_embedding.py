@@ -214,3 +214,9 @@ def test_a_bad_row_of_a_corpus_is_refused(tmp_path, row):
 def test_texts_are_read_to_their_first_twenty_thousand_characters(compass):
     VECTORS["e" * LONGEST] = VECTORS["east"]
     assert make_reward({"type": "sts"})("e" * 100_000, "east") == pytest.approx(1.0)
+
+
+def test_a_text_that_the_embedder_reads_in_part_only_is_counted(minilm):
+    reward = make_reward({"type": "sts", "model": minilm, "device": "cpu"})
+    output = reward.score(["A cat sits.", "cat " * 500], ["A kitten.", "A dog."])
+    assert output.parts["cosine_sts"].counts["truncated"] == 1

@@ -90,3 +90,10 @@ def test_without_the_library_only_a_cross_encoder_can_be_asked(monkeypatch, kind
 def test_an_unknown_method_is_refused():
     with pytest.raises(InputError, match=r"REWARD.method must be one of 'auto', 'cross_encoder', 'embedding', got"):
         make_reward({"type": "qa_relevance", "method": "guess"})
+
+
+def test_a_prompt_too_long_for_the_cross_encoder_loses_its_beginning(cross_encoder):
+    reward = make_reward({"type": "qa_relevance", "model": cross_encoder, "device": "cpu"})
+    output = reward.score(["the cat is good"] * 2, prompts=["dog " * 100 + "is he happy", "dog " * 54 + "is he happy"])
+    assert output[0] == pytest.approx(output[1], abs=ROUNDING)
+    assert output.parts["qa_relevance"].counts["truncated"] == 1

@@ -103,3 +103,28 @@ def test_a_stories_model_with_a_new_head_scores_a_batch_like_single_texts(storie
     reward = reward_model(str(tmp_path))
     texts = ["Once upon a time there was a girl.", "One day", "The end", "", "日本語 🙂"]
     assert reward.score(texts) == pytest.approx([reward(text) for text in texts], abs=ROUNDING)
+
+
+FORMS = [(bert, "pair", None), (bert, "text", None), (decoder, "text", None), (decoder, "chat", TEMPLATE)]
+
+
+@pytest.mark.parametrize(("build", "form", "template"), FORMS)
+def test_a_prompt_too_long_for_the_model_loses_its_beginning_and_the_response_stays(tmp_path, build, form, template):
+    reward = reward_model(build(tmp_path, ["LABEL_0"], chat_template=template), input=form)
+    words = ["is", "the", "cat", "good", "or", "bad", "he", "not", "man"] * 40
+    long = reward.score(["good cat", "bad dog"], prompts=[" ".join(words) + " "] * 2)
+    assert long.parts["reward_model"].counts["truncated"] == 2
+    assert long[0] != long[1]
+    # What it then reads is one of the prompt's ends.
+    ends = [" ".join(words[-n:]) + " " for n in range(1, 64)]
+    whole = [reward.score(["good cat", "bad dog"], prompts=[end] * 2) for end in ends]
+    last = max(i for i, output in enumerate(whole) if "truncated" not in output.parts["reward_model"].counts)
+    assert long == pytest.approx(whole[last], abs=ROUNDING) or build is bert
+
+
+def test_a_response_too_long_for_the_model_loses_its_end_inside_the_template(tmp_path):
+    reward = reward_model(decoder(tmp_path, ["LABEL_0"], chat_template=TEMPLATE))
+    output = reward.score(["good " * 100, "good " * 100 + "bad"], prompts=[PROMPT] * 2)
+    # 64 tokens, of which the template takes 4 and the prompt 4.
+    assert output == pytest.approx([reward(" ".join(["good"] * 56), prompt=PROMPT)] * 2, abs=ROUNDING)
+    assert output.parts["reward_model"].counts["truncated"] == 2

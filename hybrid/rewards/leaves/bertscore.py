@@ -12,6 +12,7 @@ from hybrid.core import InputError, first_line
 from hybrid.rewards.base import register_reward
 from hybrid.rewards.classify import max_tokens
 from hybrid.rewards.extras import require
+from hybrid.rewards.fit import count_longer
 from hybrid.rewards.models import ModelReward, existing_model, shared
 
 __all__ = ["BERTScore"]
@@ -66,6 +67,8 @@ class BERTScore(ModelReward):
         if self.rescale_with_baseline:
             baseline = loaded.baseline_vals[2]
             scores -= baseline / (1 - baseline)
+        tokenizer = loaded._tokenizer
+        count_longer(tokenizer, [text for i in full for text in (responses[i], targets[i])], tokenizer.model_max_length)
         if full:
             scores[full] = loaded.score([responses[i] for i in full], [targets[i] for i in full])[2]
         return scores.tolist()

@@ -13,6 +13,7 @@ from hybrid.core import InputError, unknown_name
 from hybrid.functional.logprob import IGNORE
 from hybrid.fused import token_stats
 from hybrid.rewards.base import register_reward
+from hybrid.rewards.fit import count_cut
 from hybrid.rewards.models import ModelReward, pretrained, shared
 
 __all__ = ["Fluency", "GPTScore", "Perplexity"]
@@ -81,6 +82,8 @@ class LanguageModelReward(ModelReward):
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or self.max_length
         max_length, stride = min(self.max_length, context), min(self.stride, context)
         longest = max(4 * max_length, LONGEST // model.num_parameters())
+        # Of a long rubric the last tokens see only its end.
+        count_cut(sum(len(ids) > (max_length if start else longest) for ids, start in texts))
         texts = [Tokens(ids[: start + longest], start) for ids, start in texts]
         windows = [(i, window) for i, text in enumerate(texts) for window in _windows(text, max_length, stride)]
         total, count = [0.0] * len(texts), [0] * len(texts)

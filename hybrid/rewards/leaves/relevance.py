@@ -8,7 +8,7 @@ import torch
 
 from hybrid.core import InputError
 from hybrid.rewards.base import register_reward
-from hybrid.rewards.classify import Classifier, load_classifier, logits
+from hybrid.rewards.classify import Classifier, fitted_to, load_classifier, logits
 from hybrid.rewards.embed import load_embedder, nearness, packaged
 from hybrid.rewards.extras import require
 from hybrid.rewards.models import ModelReward, shared
@@ -25,7 +25,7 @@ class QARelevance(ModelReward):
         embedding       (1 + cosine) / 2 of their sentence embeddings, as `cosine_sts`
 
     "auto" takes the checkpoint for a cross-encoder if its config names a ...ForSequenceClassification.
-    A blank prompt or response scores 0.
+    A blank prompt or response scores 0. A pair too long for the cross-encoder loses the prompt's beginning.
     """
 
     reads = ("response", "prompt")
@@ -58,7 +58,7 @@ class QARelevance(ModelReward):
     ) -> Sequence[float]:
         if not isinstance(loaded, Classifier):
             return nearness(loaded, prompts, responses)
-        pairs = list(zip(prompts, responses, strict=True))
+        pairs = fitted_to(loaded, list(zip(prompts, responses, strict=True)), lambda *pair: pair)
         rows = [i for i, pair in enumerate(pairs) if all(text.strip() for text in pair)]
         answers = logits(loaded, [pairs[i] for i in rows]).double()  # (rows, 1 or 2)
         relevant = answers.sigmoid()[:, 0] if len(loaded.labels) == 1 else answers.softmax(-1)[:, 1]

@@ -1,14 +1,16 @@
 """A preference model as a reward: any sequence classification checkpoint with a scalar answer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import add
 from typing import Any, Literal
 
 import torch
 
 from hybrid.core import InputError
 from hybrid.rewards.base import register_reward
-from hybrid.rewards.classify import Classifier, label_index, load_classifier, logits
+from hybrid.rewards.classify import Classifier, fitted_to, label_index, load_classifier, logits
 from hybrid.rewards.models import ModelReward, existing_model, shared
 
 __all__ = ["RewardModel"]
@@ -26,6 +28,8 @@ class RewardModel(ModelReward):
         pair   the two texts of a pair; of an empty prompt the response alone
         text   prompt + response, one text
         auto   chat where the tokenizer has a template, else pair where it has a separator token, else text
+
+    What is too long for the model loses the prompt's beginning, and is counted as `truncated`.
     """
 
     reads = ("response", "prompt")
@@ -58,18 +62,27 @@ class RewardModel(ModelReward):
         items: list[Any],
     ) -> Sequence[float]:
         classifier, form, index = loaded
+        puts: dict[str, Callable[[str, str], str | tuple[str, str]]] = {
+            "chat": partial(_chat, classifier.tokenizer),
+            "text": add,
+            "pair": _pair,
+        }
+        put = puts[form]
+        special_tokens = form != "chat"
         samples = list(zip(prompts, responses, strict=True))
-        if form == "chat":
-            texts = [_chat(classifier.tokenizer, *sample) for sample in samples]
-            return logits(classifier, texts, special_tokens=False)[:, index].tolist()
-        if form == "text":
-            return logits(classifier, [prompt + response for prompt, response in samples])[:, index].tolist()
-        scores = torch.zeros(len(samples))
-        alone = [i for i, prompt in enumerate(prompts) if not prompt]
-        paired = [i for i, prompt in enumerate(prompts) if prompt]
-        scores[alone] = logits(classifier, [responses[i] for i in alone])[:, index]
-        scores[paired] = logits(classifier, [samples[i] for i in paired])[:, index]
+        samples = fitted_to(classifier, samples, put, special_tokens=special_tokens)
+        texts = [put(*sample) for sample in samples]
+        scores = torch.zeros(len(texts))
+        # Texts and pairs of texts cannot share a batch.
+        for kind in (str, tuple):
+            rows = [i for i, text in enumerate(texts) if isinstance(text, kind)]
+            alike: Any = [texts[i] for i in rows]
+            scores[rows] = logits(classifier, alike, special_tokens=special_tokens)[:, index]
         return scores.tolist()
+
+
+def _pair(prompt: str, response: str) -> str | tuple[str, str]:
+    return (prompt, response) if prompt else response
 
 
 def _chat(tokenizer: Any, prompt: str, response: str) -> str:
