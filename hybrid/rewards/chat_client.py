@@ -2,14 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from hybrid.rewards.awaited import finished
 from hybrid.rewards.base import RewardError, RewardTimeout
 from hybrid.rewards.samples import shortened
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ChatClient"]
 
-T = TypeVar("T")
 MAX_BACKOFF = 60.0  # seconds between two tries, unless the server asks for more
 COUNTED = (
     "requests",
@@ -59,7 +58,7 @@ class ChatClient:
 
     def replies(self, requests: Sequence[dict[str, Any]]) -> list[str | RewardError]:
         """The text that answers each request, or what went wrong with it."""
-        return _finished(self._replies(requests)) if requests else []
+        return finished(self._replies(requests)) if requests else []
 
     def count(self, name: str, amount: float = 1) -> None:
         self.counters[name] += amount
@@ -169,13 +168,3 @@ def _seconds(retry_after: str | None) -> float | None:
         date = parsedate_to_datetime(retry_after)
         return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
     return None
-
-
-def _finished(coroutine: Coroutine[Any, Any, T]) -> T:
-    """The coroutine's result, also where an event loop is already running, as in a notebook."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(coroutine)
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, coroutine).result()

@@ -6,6 +6,7 @@ is written for Python 3.8 and later.
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import importlib.util
 import inspect
@@ -16,37 +17,84 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-__all__ = ["BadFunction", "bound"]
+__all__ = ["BadFunction", "Bound", "bound"]
 
-FORMS = "f(response, target, *, prompt, item) -> float or f(responses, targets, prompts, items) -> list"
+FORMS = (
+    "f(response, target, *, prompt, item) -> float, f(responses, targets, prompts, items) -> list "
+    "or TRL's f(prompts, completions, **columns) -> list"
+)
 ONE = ("response", "target", "prompt", "item")
 MANY = ("responses", "targets", "prompts", "items")
+TRL = ("prompts", "completions")
+# What TRL's trainer gives beside the columns.
+TRL_ALONE = ("completion_ids", "completions_ids", "trainer_state", "log_extra", "log_metric", "environments")
 
 
 class BadFunction(ValueError):
     """No reward can be made of it; the message starts with "function"."""
 
 
-def bound(function: Any, batch: bool | None) -> tuple[bool, tuple[str, ...], Callable[..., Any]]:
-    """Whether `function` takes lists; what it reads of a sample; a call of it with response, target, prompt, item, or
-    lists of them.
+class Bound(NamedTuple):
+    """A function as a reward calls it."""
 
+    form: str  # "one" sample, "many" in lists, or "trl": many, with the columns of the data
+    reads: tuple[str, ...]  # of a sample
+    named: tuple[str, ...]  # its parameters
+    columns: tuple[str, ...]  # of TRL's form: those that it cannot do without
+    call: Callable[..., Any]  # with response, target, prompt, item, or lists of them
+    is_async: bool
+
+
+def bound(function: Any, batch: bool | None) -> Bound:
+    """How `function` wants to be called, by its parameters' names.
+
+    batch: whether it takes lists, where they do not say.
     Raises BadFunction if its signature does not say what it wants.
     """
     if isinstance(function, type) or not callable(function):
         raise BadFunction(f"function must be a function or another callable object, got {function!r}")
-    if inspect.iscoroutinefunction(function):
-        raise BadFunction(f"function must return its score, and an async one returns a coroutine: {function!r}")
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError) as error:
         raise BadFunction(f"function {function!r} has no signature to read; wrap it in {FORMS}") from error
     named = [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     takes_rest = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    names = tuple(p.name for p in named)
+    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+    positional = [p.name for p in named if p.kind is p.POSITIONAL_ONLY]
 
+    def called(arguments: dict[str, Any]) -> Any:
+        return function(*[arguments.pop(name) for name in positional if name in arguments], **arguments)
+
+    if "completions" in names:
+        needed = tuple(p.name for p in named if p.default is p.empty and p.name not in TRL)
+        refused = [name for name in needed if name in TRL_ALONE]
+        if refused or batch is False:
+            what = f"needs {', '.join(refused)}, which only TRL's trainer gives" if refused else "takes lists"
+            raise _refused(function, signature, what)
+
+        def call_with_columns(*lists: Any) -> Any:
+            given = _columns(*lists)
+            return called({name: column for name, column in given.items() if takes_rest or name in names})
+
+        return Bound("trl", ONE, names, needed, call_with_columns, is_async)
+
+    wanted, takes_lists = _wanted(function, signature, named, takes_rest, batch)
+
+    def call(*sample: Any) -> Any:
+        return called({name: sample[i] for name, i in wanted.items()})
+
+    reads = tuple(ONE[i] for i in sorted(wanted.values()))
+    return Bound("many" if takes_lists else "one", reads, names, (), call, is_async)
+
+
+def _wanted(
+    function: Any, signature: inspect.Signature, named: list[inspect.Parameter], takes_rest: bool, batch: bool | None
+) -> tuple[dict[str, int], bool]:
+    """Which part of a sample each parameter is, and whether the function takes lists of them."""
     position = {name: i for names in (ONE, MANY) for i, name in enumerate(names)}
     wanted = {p.name: position[p.name] for p in named if p.name in position}
     forms = {name in MANY for name in wanted}
@@ -54,28 +102,43 @@ def bound(function: Any, batch: bool | None) -> tuple[bool, tuple[str, ...], Cal
         wanted, forms = {named[0].name: 0}, {False}
     unknown = [p.name for p in named if p.name not in wanted and p.default is p.empty]
     takes_lists = batch if batch is not None else forms == {True}
-
-    refusal = None
     if unknown:
-        refusal = f"needs {', '.join(unknown)}, which a reward is not given"
-    elif not wanted and not takes_rest:
-        refusal = "takes no response"
-    elif batch is None and len(forms) != 1:
-        refusal = "may be of either form: name its parameters, or set batch"
-    if refusal:
-        name = getattr(function, "__name__", repr(function))
-        raise BadFunction(f"function {name}{signature} {refusal}; the forms are {FORMS}")
-
+        raise _refused(function, signature, f"needs {', '.join(unknown)}, which a reward is not given")
+    if not wanted and not takes_rest:
+        raise _refused(function, signature, "takes no response")
+    if batch is None and len(forms) != 1:
+        raise _refused(function, signature, "may be of either form: name its parameters, or set batch")
     if takes_rest:
         names = MANY if takes_lists else ONE
         wanted.update({name: i for i, name in enumerate(names) if i not in wanted.values()})
-    positional = [p.name for p in named if p.kind is p.POSITIONAL_ONLY and p.name in wanted]
+    return wanted, takes_lists
 
-    def call(*sample: Any) -> Any:
-        arguments = {name: sample[i] for name, i in wanted.items()}
-        return function(*[arguments.pop(name) for name in positional], **arguments)
 
-    return takes_lists, tuple(ONE[i] for i in sorted(wanted.values())), call
+def _refused(function: Any, signature: inspect.Signature, what: str) -> BadFunction:
+    name = getattr(function, "__name__", repr(function))
+    return BadFunction(f"function {name}{signature} {what}; the forms are {FORMS}")
+
+
+def _columns(responses: list[str], targets: list[Any], prompts: list[str], items: list[Any]) -> dict[str, list[Any]]:
+    """What TRL gives a reward function: prompts, completions, and every column of the rows but their prompt.
+
+    Of dialogues they are lists of messages, of other rows texts. A row without a column has None there.
+    """
+    rows = [item if isinstance(item, Mapping) else {} for item in items]
+    given: dict[str, list[Any]] = {"target": targets, "targets": targets}
+    for name in dict.fromkeys(str(name) for row in rows for name in row if name not in ("prompt", "completion")):
+        given[name] = [row.get(name) for row in rows]
+    given["prompts"], given["completions"] = list(prompts), list(responses)
+    for i, row in enumerate(rows):
+        messages = next((row[name] for name in ("prompt", "messages") if _is_dialogue(row.get(name))), None)
+        if messages is not None:
+            given["prompts"][i] = messages[:-1] if messages[-1].get("role") == "assistant" else messages
+            given["completions"][i] = [{"role": "assistant", "content": responses[i]}]
+    return given
+
+
+def _is_dialogue(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(turn, Mapping) for turn in value)
 
 
 def loaded(path: str) -> Any:
@@ -93,14 +156,14 @@ def loaded(path: str) -> Any:
     return getattr(module, name)
 
 
-def plain(result: Any, takes_lists: bool) -> Any:
+def plain(result: Any, form: str) -> Any:
     """What a function returned as JSON can hold it: a number, a list of them; a text shows what is neither."""
-    if not takes_lists:
+    if form == "one":
         return _number(result)
     try:
         if isinstance(result, (str, bytes, dict, set)) or len(result) < 0:
             return _shown(result)
-        return [_number(value) for value in result]
+        return [None if value is None and form == "trl" else _number(value) for value in result]
     except TypeError:  # a scalar
         return _shown(result)
 
@@ -123,17 +186,20 @@ def serve(channel: socket.socket) -> None:
     first = requests.get()
     if first["path"] is not None:
         sys.path[:] = first["path"]
-    takes_lists, call = False, None
+    function = None
     try:
-        takes_lists, _, call = bound(loaded(first["function"]), first["batch"])
-        reply: dict[str, Any] = {"value": takes_lists}
+        function = bound(loaded(first["function"]), first["batch"])
+        # Whether it takes lists; of TRL's form, the columns it needs.
+        reply: dict[str, Any] = {"value": function.columns if function.form == "trl" else function.form == "many"}
     except Exception as error:  # noqa: BLE001 - the parent raises it
         reply = _failed(error)
     _send(channel, reply)
-    while call:
+    while function:
         sample = requests.get()
         try:
-            reply = {"value": plain(call(*sample), takes_lists)}
+            result = function.call(*sample)
+            result = asyncio.run(result) if function.is_async else result
+            reply = {"value": plain(result, function.form)}
         except Exception as error:  # noqa: BLE001 - the parent raises it
             reply = _failed(error)
         _send(channel, reply)

@@ -44,10 +44,14 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket
 
-    def takes_lists(self) -> bool:
-        """Whether the function is of the batch form. Starts the process; raises InputError if it cannot."""
+    def form(self) -> tuple[str, tuple[str, ...]]:
+        """Its `Bound.form` and `Bound.columns`. Starts the process; raises InputError if it cannot."""
         with self._lock:
             return self._start()
+
+    def takes_lists(self) -> bool:
+        """Whether the function is of a batch form. Starts the process; raises InputError if it cannot."""
+        return self.form()[0] != "one"
 
     def __call__(self, *sample: Any) -> Any:
         """The function's result for response, target, prompt, item, or for lists of them.
@@ -74,7 +78,7 @@ class Worker:
             self._process = None
             self._kill()
 
-    def _start(self) -> bool:
+    def _start(self) -> tuple[str, tuple[str, ...]]:
         self.close()
         python = self.interpreter or sys.executable
         ours, theirs = socket.socketpair()
@@ -104,7 +108,10 @@ class Worker:
             if reply["error"] == user_function.BadFunction.__name__:
                 raise InputError(str(reply.get("message")))
             raise InputError(f"function {self.function!r} cannot be loaded: {reply['error']}: {reply.get('message')}")
-        return reply.get("value") is True
+        value = reply.get("value")
+        if isinstance(value, list):
+            return "trl", tuple(map(str, value))
+        return "many" if value is True else "one", ()
 
     def _reply(self, request: str, timeout: float) -> dict[str, Any]:
         """What the process answers. Without an answer it is closed: a late one must not be taken for the next."""
