@@ -1,6 +1,7 @@
 """Questions to a chat model over an OpenAI-compatible endpoint: many at once, each with its time and its retries."""
 
 import asyncio
+import json
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -9,6 +10,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from hybrid.rewards.address import check_resolved
 from hybrid.rewards.awaited import finished
 from hybrid.rewards.base import RewardError, RewardTimeout
 from hybrid.rewards.samples import shortened
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ChatClient"]
 
+MAX_REPLY = 2**22  # bytes; a verdict has some hundred, with a model's thoughts some ten thousand
 MAX_BACKOFF = 60.0  # seconds between two tries, unless the server asks for more
 COUNTED = (
     "requests",
@@ -44,7 +47,8 @@ class ChatClient:
 
     A 429, a 5xx, a time-out and a broken connection are tried again, `retries` times, after `backoff` seconds,
     2 x backoff, 4 x backoff, ... or after what the server's Retry-After says; any other answer is an error at
-    once. `deadline` ends a question with all its tries, counted from when its first try starts.
+    once. Redirects are not followed, a reply is read up to MAX_REPLY bytes, and a host that leads to a link-local
+    address is refused. `deadline` ends a question with all its tries, counted from when its first try starts.
     """
 
     base_url: str
@@ -66,7 +70,10 @@ class ChatClient:
     async def _replies(self, requests: Sequence[dict[str, Any]]) -> list[str | RewardError]:
         import httpx  # here, since `import hybrid` is to stay light
 
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        url = httpx.URL(self.base_url)
+        await check_resolved(url.host, url.port or 443)
+        # A small reply may unpack to gigabytes.
+        headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         limits = httpx.Limits(max_connections=self.concurrency)
         slots = asyncio.Semaphore(self.concurrency)
         async with httpx.AsyncClient(headers=headers, limits=limits, timeout=None) as http:
@@ -110,7 +117,7 @@ class ChatClient:
         try:
             # httpx's own time-outs begin anew with every byte that comes.
             async with asyncio.timeout(self.timeout):
-                response = await http.post(f"{self.base_url}/chat/completions", json=request)
+                response, body = await self._posted(http, request)
         except TimeoutError:
             self.count("request_timeouts")
             self._again(RewardTimeout(f"no answer from {self.base_url} within timeout ({self.timeout:g} s)"))
@@ -124,24 +131,38 @@ class ChatClient:
             self.count("request_seconds", time.monotonic() - began)
         if response.status_code != 200:
             failure = RewardError(
-                f"{self.base_url} answered {response.status_code}: {shortened(self._hidden(response.text), 200)}"
+                f"{self.base_url} answered {response.status_code}: {shortened(self._hidden(body), 200)}"
             )
             if response.status_code == 429 or response.status_code >= 500:
                 self._again(failure, _seconds(response.headers.get("Retry-After")))
             raise failure
-        return self._text_in(response)
+        return self._text_in(body)
 
-    def _text_in(self, response: "httpx.Response") -> str:
+    async def _posted(self, http: "httpx.AsyncClient", request: dict[str, Any]) -> "tuple[httpx.Response, str]":
+        """The response and its text, read as it comes. Raises RewardError where it is too long or packed."""
+        async with http.stream("POST", f"{self.base_url}/chat/completions", json=request) as response:
+            packed = response.headers.get("Content-Encoding", "identity").strip().lower()
+            if packed not in ("", "identity"):
+                raise RewardError(
+                    f"{self.base_url} answered in the encoding {shortened(packed)}, which was not asked for"
+                )
+            read = bytearray()
+            async for part in response.aiter_raw():
+                read += part
+                if len(read) > MAX_REPLY:
+                    raise RewardError(f"{self.base_url} answered with over {MAX_REPLY} bytes, which is no verdict")
+        return response, read.decode("utf-8", errors="replace")
+
+    def _text_in(self, reply: str) -> str:
         try:
-            body = response.json()
+            body = json.loads(reply)
             text = body["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError, RecursionError):
             text = None
         if not isinstance(text, str):
             self.count("parse_failures")
             raise RewardError(
-                f"{self.base_url} answered without choices[0].message.content: "
-                f"{shortened(self._hidden(response.text), 200)}"
+                f"{self.base_url} answered without choices[0].message.content: {shortened(self._hidden(reply), 200)}"
             )
         usage = body.get("usage")
         for name in ("prompt_tokens", "completion_tokens"):

@@ -1,6 +1,7 @@
 import asyncio
 import json
 import logging
+import socket
 import threading
 from datetime import UTC, datetime
 from email.utils import format_datetime
@@ -12,7 +13,7 @@ from chat_server import KEY, Handler, in_turn
 from hybrid.core import InputError
 from hybrid.rewards import make_reward
 from hybrid.rewards.base import RewardError, RewardTimeout
-from hybrid.rewards.chat_client import _seconds
+from hybrid.rewards.chat_client import MAX_REPLY, _seconds
 
 server, judge = chat_server.server, chat_server.judge  # fixtures
 
@@ -190,3 +191,38 @@ def test_a_key_that_no_header_can_hold_is_refused_unseen(monkeypatch, key):
     monkeypatch.setenv("JUDGE_KEY", key)
     with pytest.raises(InputError, match=r"^REWARD.api_key_env names .* 'JUDGE_KEY', whose content"):
         make_reward({"type": "judge", "base_url": "http://h/v1", "model": "m", "api_key_env": "JUDGE_KEY"})
+
+
+LINK_LOCAL = [
+    "http://169.254.169.254/v1", "http://169.254.1.1:8000/v1", "http://[fe80::1]/v1", "http://[::ffff:169.254.169.254]/v1",
+    "http://2852039166/v1", "http://0xa9.254.43518/v1", "https://metadata.google.internal/v1", "http://[fd00:ec2::254]/v1",
+    "http://[fe80::1%25eth0]/v1", "http://METADATA.google.internal./v1", "http://100.100.100.200/v1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("url", LINK_LOCAL)
+def test_a_judge_at_a_link_local_or_metadata_address_is_refused(url):
+    with pytest.raises(
+        InputError, match=r"^REWARD.base_url must not lead to '.*' .*: link-local addresses and clouds'"
+    ):
+        make_reward({"type": "judge", "base_url": url, "model": "m"})
+
+
+@pytest.mark.parametrize("address", ["169.254.169.254", "fe80::1"])
+def test_a_name_that_leads_to_such_an_address_is_refused_before_anything_is_sent(monkeypatch, address):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(2, 1, 6, "", (address, 80))])
+    with pytest.raises(InputError, match=rf"must not lead to '{address}' \(host 'judge.example'\)"):
+        make_reward({"type": "judge", "base_url": "http://judge.example/v1", "model": "m", "on_error": "skip"})("a")
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_a_reply_is_read_only_so_far(judge, server, status):
+    server.answer = lambda question: (status, {}, "x" * (MAX_REPLY + 2**16))
+    with pytest.raises(RewardError, match=f"answered with over {MAX_REPLY} bytes, which is no verdict"):
+        judge(retries=0)("a")
+
+
+def test_a_packed_reply_is_not_unpacked(judge, server):
+    server.answer = lambda question: (200, {"Content-Encoding": "gzip"}, "bomb")
+    with pytest.raises(RewardError, match="answered in the encoding 'gzip', which was not asked for"):
+        judge()("a")

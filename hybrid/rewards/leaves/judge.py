@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from hybrid.core import InputError, unknown_name
+from hybrid.rewards.address import check_host
 from hybrid.rewards.base import Reward, RewardError, register_reward
 from hybrid.rewards.chat_client import ChatClient
 from hybrid.rewards.extras import require
@@ -241,6 +242,8 @@ def _check_url(base_url: str) -> None:
         fits = url.scheme in ("http", "https") and url.hostname and (url.port or 1) and not url.query
     except ValueError:  # the port
         fits = False
+    if url.hostname:
+        check_host(url.hostname)
     if not fits or base_url.rstrip("/").endswith("/completions"):
         raise InputError(
             f"base_url must be like 'https://host/v1', what stands before /chat/completions, got {base_url!r}"
