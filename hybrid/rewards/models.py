@@ -63,6 +63,8 @@ def existing_model(name: str, parameter: str = "model") -> str:
 
     So a path that is not there is told before anything loads; of a hub's name that cannot be known.
     """
+    if not name.strip():
+        raise InputError(f"{parameter} must be a model's name or folder, got {name!r}")
     if os.path.isabs(name) or name.startswith((".", "~")):
         name = str(Path(name).expanduser())
         if not Path(name).exists():

@@ -219,3 +219,22 @@ def test_a_missing_library_is_told_when_the_reward_is_built(spec, module, monkey
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(InputError, match=f"needs {module}: pip install"):
         make_reward(spec)
+
+
+@pytest.mark.parametrize("spec", [{"type": "regex_presence"}, {"type": "format", "kind": "regex"}])
+def test_an_empty_pattern_is_refused(spec):
+    with pytest.raises(InputError, match=r"^REWARD.pattern must say what to look for, got the empty one"):
+        make_reward({**spec, "pattern": ""})
+
+
+@pytest.mark.parametrize("pattern", ["()", "a*", "|", "a|", "^", "$", "(?i)", "(foo)?"])
+def test_a_pattern_that_any_text_matches_is_refused(pattern):
+    with pytest.raises(InputError, match=r"^REWARD.pattern .* matches any text, at no character of it"):
+        make_reward({"type": "regex_presence", "pattern": pattern})
+
+
+@pytest.mark.parametrize(
+    "pattern", ["^$", "^(?!.*bad)", r"(?<!\d)$", "(?=.*a)(?=.*b)", r"\b", " ", ".", r"^\s*$", "^[^x]*$"]
+)
+def test_a_pattern_that_says_something_is_taken(pattern):
+    make_reward({"type": "regex_presence", "pattern": pattern})

@@ -49,3 +49,11 @@ def test_a_checkpoint_without_the_head_is_refused(stories, spec):
     key = "path" if spec["type"] == "reward_model" else "model"
     with pytest.raises(InputError, match=r"has no score\.weight: it is not of the kind AutoModelForSequenceClassif"):
         make_reward({**spec, key: stories})("a")
+
+
+@pytest.mark.parametrize(
+    "spec", [{"type": "perplexity"}, {"type": "judge", "base_url": "http://localhost/v1"}, {"type": "sentiment"}]
+)
+def test_a_blank_model_is_refused(spec):
+    with pytest.raises(InputError, match=r"^REWARD.model must be a .*name.*, got ' '"):
+        make_reward({**spec, "model": " "})

@@ -204,3 +204,9 @@ def test_without_sacrebleu_the_error_says_what_to_install(monkeypatch):
     with pytest.raises(InputError, match="'diversity' needs sacrebleu: pip install"):
         diversity(metric="self_bleu")
     assert diversity()("a b") == 1.0
+
+
+@pytest.mark.parametrize("reference", [[], [" "]])
+def test_a_reference_without_a_text_is_refused(reference):
+    with pytest.raises(InputError, match="reference must hold at least one text"):
+        make_reward({"type": "novelty", "reference": reference})

@@ -88,6 +88,8 @@ class Judge(Reward):
         require("httpx", reward="judge")
         self._check_numbers()
         _check_url(self.base_url)
+        if not self.model.strip():
+            raise InputError(f"model must be a name that the endpoint knows, got {self.model!r}")
         self._template = _template(self.rubric)
         self.reads = tuple(dict.fromkeys(PLACEHOLDER.findall(self._template)))
         # The built-in rubrics say what an empty reference means.

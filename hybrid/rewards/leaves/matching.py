@@ -1,6 +1,7 @@
 """Rewards that compare or search texts as they stand: equal, contained, matched, or how far apart."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ __all__ = [
     "check_timeout",
 ]
 
+NEGATIVE = re.compile(r"\(\?<?!")
 # What may stand inside a word of any other script.
 _INSIDE_A_WORD = rf"[[\p{{L}}\p{{M}}\p{{N}}_]--{UNSPACED}]"
 
@@ -95,6 +97,10 @@ class RegexPresence(Reward):
         self._pattern = TimedPattern(
             self.pattern, self.timeout, reward=self.component_name, ignore_case=self.ignore_case
         )
+        # What finds no character in either of two signs that no pattern is about finds nothing in any text: x*, ^, a|.
+        # A negative lookaround finds none too, and says much.
+        if not NEGATIVE.search(self.pattern) and all(map(self._pattern.finds_nothing_in, "\u2603\ufdd0")):
+            raise InputError(f"pattern {self.pattern!r} matches any text, at no character of it; ask for one, as in a+")
 
     def _score_one(self, response: str, target: str, prompt: str, item: Any) -> float:
         return float(self._pattern.found_in(response))
@@ -108,6 +114,8 @@ class TimedPattern:
         require("regex", reward=reward)
         import regex
 
+        if not pattern:
+            raise InputError("pattern must say what to look for, got the empty one, which any text matches")
         try:
             self._compiled = regex.compile(pattern, regex.IGNORECASE if ignore_case else 0)
         except regex.error as error:
@@ -115,6 +123,11 @@ class TimedPattern:
         except RecursionError as error:
             raise InputError(f"pattern {pattern[:40]!r}... is nested too deeply") from error
         self.timeout = timeout
+
+    def finds_nothing_in(self, text: str) -> bool:
+        """Whether it matches somewhere in `text` at no character. Raises RewardTimeout."""
+        found = self._compiled.search(text, timeout=self.timeout)
+        return found is not None and not found[0]
 
     def found_in(self, text: str, *, whole: bool = False) -> bool:
         """Whether it matches somewhere in `text`, or all of it. Raises RewardTimeout."""

@@ -42,6 +42,8 @@ class Novelty(Reward):
         if self.window < 1:
             raise InputError(f"window must be at least 1, got {self.window}")
         texts = [] if self.reference in ("history", "batch") else _texts(self.reference)
+        if self.reference not in ("history", "batch") and not any(text.strip() for text in texts):
+            raise InputError(f"reference must hold at least one text, got {self.reference!r}: all would be new to it")
         self._corpus = frozenset(chain.from_iterable(map(self._ngrams, texts)))
         self._history: deque[str] = deque()
         self._counts: Counter[str] = Counter()  # in how many texts of the history each n-gram is
