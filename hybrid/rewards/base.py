@@ -28,6 +28,9 @@ __all__ = [
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+# A batch's scores are whitened in float32: the squares of a million such scores still have a sum there (3e38).
+LARGEST = 1e16
+
 rewards: Registry[Callable[..., Any]] = Registry("reward")
 canonical: dict[str, str] = {}  # every registered name and alias, lower case -> the name it was registered by
 
@@ -133,7 +136,7 @@ class Reward:
         no score in a batch without any: no `targets`, or None for all. Among others a None is "".
         """
         columns = responses if isinstance(responses, Samples) else (responses, targets, prompts, items)
-        rows, part, inner = self._run(Samples.checked(*columns))
+        rows, part, inner = self._run(Samples.checked(*columns), outermost=True)
         for index, row in enumerate(rows):
             if isinstance(row, RewardError):
                 row.add_note(f"It is sample {index} of the batch.")
@@ -202,9 +205,10 @@ class Reward:
                 "the checkpoint is from a run with another reward"
             )
 
-    def _run(self, samples: Samples) -> tuple[list[Row], Part, dict[str, Part]]:
+    def _run(self, samples: Samples, *, outermost: bool = False) -> tuple[list[Row], Part, dict[str, Part]]:
         """All that happens to a batch of checked samples, whatever the reward: limits, the reward, its `handling`.
 
+        outermost: whether the scores are what training sees, which may be LARGEST at most.
         Returns a row for each sample, this reward's part in it and those of its components.
         """
         began = time.perf_counter()
@@ -217,7 +221,8 @@ class Reward:
             answers = self._ask(samples.of(asked)) if asked else Answers([], {}, {})
         if cuts:
             counts["truncated"] = counts.get("truncated", 0) + sum(cuts)
-        failures = [row for row in answers.rows if isinstance(row, RewardError)]
+        processed = self._postprocessed(answers.rows, samples.of(asked), outermost)
+        failures = [row for row in processed if isinstance(row, RewardError)]
         counts["invalid"] = len(failures)
         if skipped := sum(row is None for row in answers.rows):
             counts["skipped"] = skipped
@@ -226,8 +231,9 @@ class Reward:
             counts[name] = counts.get(name, 0) + count
         rows: list[Row] = [handling.empty_value] * num_rows
         raw: list[float | None] = [None] * num_rows
-        for i, answer, row in zip(asked, answers.rows, self._handled(answers.rows, samples.of(asked)), strict=True):
-            raw[i], rows[i] = _number_in(answer), row
+        for i, answer, row in zip(asked, answers.rows, processed, strict=True):
+            replaced = isinstance(row, RewardError) and handling.on_error != "raise"
+            raw[i], rows[i] = _number_in(answer), handling.error_value if replaced else row
         score = [_number_in(row) for row in rows]
         part = Part(raw, score, list(score), counts, time.perf_counter() - began)
         return rows, part, {name: inner.spread_over(asked, num_rows) for name, inner in answers.parts.items()}
@@ -273,17 +279,21 @@ class Reward:
             return [self._failure(f"{where} {shortened(responses[0])}", error)] * len(responses)
         return self._checked(values, responses)
 
-    def _handled(self, rows: Sequence[Row], samples: Samples) -> list[Row]:
-        """The rows after the postprocessing, with what `handling` puts in a failure's place."""
-        rows, handling = list(rows), self.handling
-        for step in handling.postprocess:
+    def _postprocessed(self, rows: Sequence[Row], samples: Samples, outermost: bool) -> list[Row]:
+        """The rows after the postprocessing. One that is too large fails before a step that would remember it."""
+        for step in self.handling.postprocess:
+            rows = self._bounded(rows, samples) if step.remembers else list(rows)
             valid = [i for i, row in enumerate(rows) if isinstance(row, float)]
             scores = step([rows[i] for i in valid])  # type: ignore[misc]
             for i, score in zip(valid, scores, strict=True):
                 rows[i] = self._number(score, samples.responses[i])
-        if handling.on_error == "raise":
-            return rows
-        return [handling.error_value if isinstance(row, RewardError) else row for row in rows]
+        return self._bounded(rows, samples) if outermost else list(rows)
+
+    def _bounded(self, rows: Sequence[Row], samples: Samples) -> list[Row]:
+        return [
+            self._number(row, text, LARGEST) if isinstance(row, float) else row
+            for row, text in zip(rows, samples.responses, strict=True)
+        ]
 
     def _checked(self, values: Any, responses: Sequence[str]) -> list[Row]:
         """`values` as rows: exactly one for each response, each a finite number or an error in its place."""
@@ -301,7 +311,7 @@ class Reward:
             ] * len(responses)
         return [self._number(value, text) for value, text in zip(values, responses, strict=True)]
 
-    def _number(self, value: Any, response: str) -> Row:
+    def _number(self, value: Any, response: str, largest: float = torch.finfo(torch.float32).max) -> Row:
         if isinstance(value, Exception):
             return self._failure(f"response {shortened(response)}", value)
         if value is None and self.takes_none:
@@ -312,11 +322,12 @@ class Reward:
         except (TypeError, ValueError, OverflowError, RuntimeError):  # torch raises RuntimeError
             number = math.nan
         # A score is a float32 in the end.
-        if abs(number) <= torch.finfo(torch.float32).max:
+        if abs(number) <= largest:
             return number
+        wanted = f"at most {largest:g} either way (see clip)" if largest == LARGEST else "a finite number"
         return RewardError(
             f"reward {self.component_name!r} returned {value!r} for response {shortened(response)}; "
-            "a score must be a finite number"
+            f"a score must be {wanted}"
         )
 
     def _failure(self, where: str, error: Exception) -> RewardError:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from hybrid.core import InputError, Registry
 
@@ -14,6 +14,8 @@ postprocesses: Registry[Callable[..., Any]] = Registry("postprocess")
 
 class Postprocess:
     """One step: B finite scores in, B scores out. A step that remembers overrides the two state methods."""
+
+    remembers: ClassVar[bool] = False  # a single score so large that it drowns the others would do so for long
 
     def __call__(self, scores: list[float]) -> list[float]:
         raise NotImplementedError(f"{type(self).__name__} must implement __call__")
@@ -67,6 +69,8 @@ class EMANormalize(Postprocess):
 
     A batch is fed in order. m and v are saved in checkpoints; a score that failed never enters them.
     """
+
+    remembers = True
 
     decay: float = 0.99
     eps: float = 1e-8

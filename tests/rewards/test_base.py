@@ -7,7 +7,7 @@ import torch
 
 from hybrid.core import InputError
 from hybrid.rewards import Handling, Reward, RewardError, RewardTimeout, Samples, make_reward, register_reward
-from hybrid.rewards.postprocess import Scale
+from hybrid.rewards.postprocess import Clip, EMANormalize, Scale
 
 
 class Returns(Reward):
@@ -339,3 +339,31 @@ def test_each_sample_of_one_item_gets_its_own_copy():
 def test_an_item_that_cannot_be_copied_is_named():
     with pytest.raises(RewardError, match=r"items\[0\] cannot be copied .*: TypeError"):
         make_reward(lambda response, item: 1.0).score(["a"], items=[{"lock": threading.Lock()}])
+
+
+@pytest.mark.parametrize("value", [1e30, -1e30, 1.1e16])
+def test_a_score_so_large_that_it_would_drown_its_batch_is_named(value):
+    with pytest.raises(
+        RewardError, match=r"'Returns' returned .*e\+.. for response 'b'; a score must be at most 1e\+16"
+    ):
+        Returns([1.0, value]).score(["a", "b"])
+    assert Returns([1e16]).score(["a"]) == [1e16]
+
+
+def test_the_largest_scores_can_be_whitened():
+    scores = Returns([1e16] * 500 + [-1e16] * 500).score([str(i) for i in range(1000)]).values
+    assert scores.square().sum().isfinite()
+
+
+@pytest.mark.parametrize("step", [Scale(mul=1e30), EMANormalize()])
+def test_a_large_score_fails_after_the_postprocessing_and_before_a_step_that_remembers(step):
+    reward = Returns([1.0 if isinstance(step, Scale) else 1e30])
+    reward.handling = Handling(postprocess=(step,), on_error="value", error_value=-1)
+    output = reward.score(["a"])
+    assert output == [-1] and output.parts["Returns"].counts["invalid"] == 1
+
+
+def test_a_large_score_that_is_clipped_is_one_like_any_other():
+    reward = Returns([1e30])
+    reward.handling = Handling(postprocess=(Clip(),))
+    assert reward.score(["a"]) == [1]

@@ -29,8 +29,8 @@ LOGITS_PER_SLICE = 2**24
 # Tokens times parameters of one text: a longer one is cut there, or after four windows if that is more, which takes
 # 20 s on one core with 135M parameters. A model below a million parameters reads 100,000 characters to their end.
 LONGEST = 5 * 10**11
-# exp(80) is still a float32.
-MAX_LOSS = 80.0
+# exp(36) is still a score.
+MAX_LOSS = 36.0
 
 
 class Tokens(NamedTuple):
