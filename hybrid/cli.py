@@ -20,6 +20,7 @@ from hybrid.rewards import RewardError, make_reward, reward_listing, reward_mark
 from hybrid.run import CONFIG, comparison_table, summary, summary_table, write_comparison, write_report
 from hybrid.scoring import (
     COLUMNS,
+    check_columns,
     component_table,
     json_spec,
     output_file,
@@ -215,6 +216,8 @@ def _score_file(args: argparse.Namespace) -> None:
     if args.output is not None:
         output_file(args.output)
     rows = read_rows(args.file)
+    if args.output is not None:
+        check_columns(rows)
     columns = {role: getattr(args, role) for role in COLUMNS}
     output = score_rows(reward, rows, columns)
     if args.output is not None:

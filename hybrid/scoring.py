@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -14,6 +15,7 @@ from hybrid.run import filled_folder
 
 __all__ = [
     "COLUMNS",
+    "check_columns",
     "component_table",
     "json_spec",
     "output_file",
@@ -23,6 +25,9 @@ __all__ = [
     "write_rows",
 ]
 
+# What a spreadsheet runs, full-width signs too: https://owasp.org/www-community/attacks/CSV_Injection
+FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 # What a reward reads, and the column that it is in unless the user names another.
 COLUMNS = {"response": "response", "target": "target", "prompt": "prompt"}
 
@@ -51,7 +56,11 @@ def score_rows(reward: Reward, rows: Sequence[Mapping[str, Any]], columns: Mappi
 
 
 def scored_rows(rows: Sequence[Mapping[str, Any]], output: RewardOutput) -> list[dict[str, Any]]:
-    """Each row with its `reward` and the raw score of each component, as "reward/name"; None where there is none."""
+    """Each row with its `reward` and the raw score of each component, as "reward/name"; None where there is none.
+
+    Raises InputError where a row has such a column.
+    """
+    check_columns(rows)
     components = {f"reward/{name}": column for name, column in output.components.items()}
     return [
         {**row, "reward": score if valid else None, **{name: column[i] for name, column in components.items()}}
@@ -97,14 +106,30 @@ def component_table(output: RewardOutput) -> tuple[list[str], list[list[str]]]:
 
 
 def output_file(file: str | Path) -> Path:
-    """The path, if its name says a format that can be written. Raises InputError."""
+    """The path, if its name says a format that can be written and nothing is there yet. Raises InputError."""
     if Path(file).suffix not in (".jsonl", ".csv"):
         raise InputError(f"output must be a .jsonl or .csv file, got {str(file)!r}")
+    # A link that leads nowhere would be replaced too.
+    if Path(file).exists() or Path(file).is_symlink():
+        raise InputError(
+            f"output {str(file)!r} is there already, and nothing is overwritten: give another name, or move it"
+        )
     return Path(file)
 
 
+def check_columns(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raises InputError where `scored_rows` would overwrite a column of the user's."""
+    for name in dict.fromkeys(str(name) for row in rows for name in row):
+        if name == "reward" or name.startswith("reward/"):
+            raise InputError(f"column {name!r} is there already, and the scores are written by that name: rename it")
+
+
 def write_rows(file: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as .jsonl or .csv; the file is there whole or not at all."""
+    """Write rows as .jsonl or .csv; the file is there whole or not at all.
+
+    In a .csv a text that a spreadsheet would run gets an apostrophe in front, and so does such a text with apostrophes
+    there already: to read it back, take one off.
+    """
     file = output_file(file)
     # A lone surrogate is no UTF-8, but its backslash form is the right JSON escape.
     options: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
@@ -112,9 +137,17 @@ def write_rows(file: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
         if file.suffix == ".jsonl":
             stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         else:
-            writer = csv.DictWriter(stream, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
-            writer.writeheader()
-            writer.writerows(rows)
+            columns = list(dict.fromkeys(name for row in rows for name in row))
+            writer = csv.writer(stream)
+            writer.writerow(map(_inert, columns))
+            writer.writerows([_inert(row.get(name)) for name in columns] for row in rows)
+
+
+def _inert(cell: Any) -> Any:
+    """The cell, with an apostrophe in front of a text that a spreadsheet would run."""
+    if not isinstance(cell, str) or not FORMULA.match(cell) or NUMBER.fullmatch(cell):
+        return cell
+    return "'" + cell
 
 
 def _shown(text: Any, width: int = 36) -> str:

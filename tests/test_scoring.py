@@ -133,3 +133,62 @@ def test_a_reward_that_fails_shows_the_sample_and_its_traceback(responses, capsy
 
 def broken(response):
     raise KeyError("missing")
+
+
+@pytest.mark.parametrize("output", ["responses.jsonl", "other.csv", "link.jsonl", "folder.jsonl", "dangling.csv"])
+def test_nothing_that_is_there_is_overwritten(responses, output, capsys):
+    folder = responses.parent
+    (folder / "other.csv").write_text("mine")
+    (folder / "link.jsonl").symlink_to(responses)
+    (folder / "dangling.csv").symlink_to(folder / "nowhere")
+    (folder / "folder.jsonl").mkdir()
+    before = responses.read_bytes()
+    assert main(["reward", '{"type": "vader"}', str(responses), "--output", str(folder / output)]) == 2
+    error = capsys.readouterr().err
+    assert "is there already, and nothing is overwritten" in error and error.count("\n") == 1
+    assert responses.read_bytes() == before and (folder / "other.csv").read_text() == "mine"
+
+
+@pytest.mark.parametrize("column", ["reward", "reward/vader"])
+def test_a_column_of_the_users_is_not_overwritten(tmp_path, column, capsys):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"response": "a", column: 5}) + "\n")
+    arguments = ["reward", '{"type": "vader"}', str(tmp_path / "rows.jsonl")]
+    assert main([*arguments, "--output", str(tmp_path / "scored.jsonl")]) == 2
+    error = capsys.readouterr().err
+    assert f"column {column!r} is there already" in error and error.count("\n") == 1
+    assert not (tmp_path / "scored.jsonl").exists()
+    assert main(arguments) == 0
+
+
+FORMULAS = [
+    "=cmd|' /C calc'!A0",
+    "+1+1",
+    "-2+3",
+    "@SUM(A1)",
+    "\t=1",
+    "\r=1",
+    "\n=1",
+    "\uff1d1",
+    "'=1",
+    "''@x",
+    "-",
+    "-a",
+    "=1",
+]
+TEXTS = ["-5", "+1.5e-3", "-.5", "5", "'quoted'", "a=b", "", " =1 is no formula after a space", "日本"]
+
+
+def test_a_csv_holds_nothing_that_a_spreadsheet_would_run(tmp_path):
+    texts = [*FORMULAS, *TEXTS]
+    write_rows(tmp_path / "scored.csv", [{"response": text, "=evil": -1.5, "-2+3": None} for text in texts])
+    with (tmp_path / "scored.csv").open(encoding="utf-8", newline="") as stream:
+        header, *rows = csv.reader(stream)
+    assert header == ["response", "'=evil", "'-2+3"]
+    assert [row[0] for row in rows] == [*("'" + text for text in FORMULAS), *TEXTS]
+    assert {(row[1], row[2]) for row in rows} == {("-1.5", "")}
+
+
+def test_jsonl_keeps_every_text_as_it_is(tmp_path):
+    write_rows(tmp_path / "scored.jsonl", [{"response": text} for text in FORMULAS])
+    lines = (tmp_path / "scored.jsonl").read_text().splitlines()
+    assert [json.loads(line)["response"] for line in lines] == FORMULAS
