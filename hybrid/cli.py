@@ -16,13 +16,12 @@ from hybrid.fused import kernel_backend
 from hybrid.mixing import make_strategy
 from hybrid.optim import listing, listing_markdown
 from hybrid.resume import trained_config
-from hybrid.rewards import RewardError, make_reward, reward_listing, reward_markdown, reward_schema
+from hybrid.rewards import RewardError, json_spec, make_reward, reward_listing, reward_markdown, reward_schema
 from hybrid.run import CONFIG, comparison_table, summary, summary_table, write_comparison, write_report
 from hybrid.scoring import (
     COLUMNS,
     check_columns,
     component_table,
-    json_spec,
     output_file,
     sample_table,
     score_rows,
@@ -212,7 +211,9 @@ def _reward(args: argparse.Namespace) -> None:
 
 
 def _score_file(args: argparse.Namespace) -> None:
-    reward = make_reward(json_spec(args.spec) if args.spec.lstrip().startswith("{") else args.spec)
+    reward = make_reward(
+        json_spec(args.spec, f"the spec {args.spec[:80]!r}") if args.spec.lstrip().startswith("{") else args.spec
+    )
     if args.output is not None:
         output_file(args.output)
     rows = read_rows(args.file)

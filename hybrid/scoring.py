@@ -17,7 +17,6 @@ __all__ = [
     "COLUMNS",
     "check_columns",
     "component_table",
-    "json_spec",
     "output_file",
     "sample_table",
     "score_rows",
@@ -66,14 +65,6 @@ def scored_rows(rows: Sequence[Mapping[str, Any]], output: RewardOutput) -> list
         {**row, "reward": score if valid else None, **{name: column[i] for name, column in components.items()}}
         for i, (row, score, valid) in enumerate(zip(rows, output, output.valid.tolist(), strict=True))
     ]
-
-
-def json_spec(text: str) -> Any:
-    """A spec written out on the command line."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"the spec {text!r} is not JSON: {error}") from error
 
 
 def sample_table(

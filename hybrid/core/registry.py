@@ -69,7 +69,7 @@ class Registry(Generic[T]):
 def load_object(path: str, *, what: str) -> Any:
     """The object that `package.module:name` names; `what` says in errors what it was wanted for."""
     module_name, colon, name = path.partition(":")
-    if not (module_name and colon and name):
+    if not (module_name and colon and name) or module_name.startswith("."):
         raise InputError(f"{what} must look like 'package.module:name', got {path!r}")
     # A console script's sys.path starts with the script's folder, not with the one it is run from.
     if not {"", os.getcwd()} & set(sys.path):

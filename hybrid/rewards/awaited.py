@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 from hybrid.core import InputError
-from hybrid.rewards.base import RewardTimeout
+from hybrid.rewards.base import RewardError, RewardTimeout
 
 __all__ = ["finished", "gathered"]
 
@@ -47,6 +47,8 @@ async def gathered(
                     return await call(*sample)
             except InputError:
                 raise
+            except (SystemExit, KeyboardInterrupt) as error:  # it would end the loop, and leave us waiting
+                return RewardError(f"it raised {error!r}")
             except Exception as error:  # noqa: BLE001 - it stands in the sample's place
                 return RewardTimeout(f"it took longer than timeout ({timeout:g} s)") if timer.expired() else error
 

@@ -298,7 +298,7 @@ class Reward:
     def _checked(self, values: Any, responses: Sequence[str]) -> list[Row]:
         """`values` as rows: exactly one for each response, each a finite number or an error in its place."""
         try:
-            count = None if isinstance(values, (str, dict, set)) else len(values)
+            count = None if isinstance(values, (str, bytes, bytearray, dict, set)) else len(values)
         except TypeError:  # a scalar
             count = None
         if count != len(responses):

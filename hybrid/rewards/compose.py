@@ -41,6 +41,8 @@ class Composite(Reward):
                     f"components[{index}].weight means nothing here; only weighted_sum and gated weigh, "
                     f"got {component.weight}"
                 )
+        if not math.isfinite(sum(abs(component.weight) for component in components)):
+            raise InputError("components must have weights with a finite sum")
         names = _distinct([component.reward.component_name for component in components])
         self.components: dict[str, Component] = dict(zip(names, components, strict=True))
 

@@ -80,7 +80,7 @@ def texts_of(source: list[str] | str, parameter: str) -> list[str]:
 
 def _file_texts(file: Path, parameter: str) -> list[str]:
     try:
-        content = file.read_text(encoding="utf-8")
+        content = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{parameter} {str(file)!r} cannot be read: {first_line(error)}") from error
     if file.suffix != ".jsonl":

@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,17 +15,18 @@ from typing import Any
 
 import torch
 
-from hybrid.core import InputError, Registry, build, fits, parameters_of, parse_yaml
+from hybrid.core import InputError, Registry, build, first_line, fits, parameters_of, parse_yaml
 from hybrid.rewards import leaves
 from hybrid.rewards.base import Handling, Reward, canonical, rewards
 from hybrid.rewards.compose import Component, Composite
 from hybrid.rewards.leaves.python import PythonFunction
 from hybrid.rewards.postprocess import Postprocess, postprocesses
 
-__all__ = ["RewardType", "Spec", "known_rewards", "make_reward", "parameters_of_reward"]
+__all__ = ["RewardType", "Spec", "json_spec", "known_rewards", "make_reward", "parameters_of_reward"]
 
 Spec = Mapping[str, Any] | Callable[..., Any] | Reward | str | os.PathLike[str]
 
+UNREADABLE = re.compile("[\0\ud800-\udfff]")
 # What a spec may say of any reward, whatever its type.
 COMMON = ("name", "weight", *parameters_of(Handling))
 
@@ -50,6 +52,21 @@ def make_reward(spec: Spec) -> Reward:
         return _component(spec, "REWARD").reward
     except RecursionError:
         raise InputError("REWARD is nested too deeply, or is a file that names itself") from None
+
+
+def json_spec(text: str, where: str) -> Any:
+    """What the JSON of a spec holds. Raises InputError, also where a name stands twice in one object."""
+    try:
+        return json.loads(text, object_pairs_hook=partial(_once_each, where))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{where} is not JSON: {first_line(error)}") from error
+
+
+def _once_each(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"{where}: {twice[0]!r} stands twice in one object, and only one can count")
+    return dict(pairs)
 
 
 @dataclass(frozen=True)
@@ -87,6 +104,7 @@ def _component(spec: Any, path: str) -> Component:
     if callable(spec):
         spec = {"type": "python", "function": spec, "name": getattr(spec, "__name__", "python")}
     if isinstance(spec, (str, os.PathLike)):
+        _check_texts(os.fspath(spec), path)
         return _component(_read(Path(spec), path), f"{os.fspath(spec)}: REWARD")
     if not isinstance(spec, Mapping):
         raise InputError(f"{path} must be a dict with a type, a function, a Reward or a file, got {spec!r}")
@@ -115,6 +133,7 @@ def _from_dict(spec: Mapping[str, Any], path: str) -> Component:
         ]
 
     _check_device(settings.get("device"), path)
+    _check_texts(settings, path)
     reward = build(factory, settings, what=f"reward {kind!r}", path=path, also=also)
     handling = build(Handling, common, what=f"reward {kind!r}", path=path)
     # It may be a frozen dataclass.
@@ -122,6 +141,18 @@ def _from_dict(spec: Mapping[str, Any], path: str) -> Component:
     object.__setattr__(reward, "handling", handling)
     object.__setattr__(reward, "spec", spec)
     return Component(reward, float(weight))
+
+
+def _check_texts(value: Any, path: str) -> None:
+    """Raises InputError for characters that no file, model or host has in its name, and that in a text are accidents."""
+    if isinstance(value, str) and (found := UNREADABLE.search(value)):
+        raise InputError(f"{path} must not hold the character {found[0]!r}, got {value!r}")
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_texts(inner, f"{path}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            _check_texts(inner, f"{path}[{index}]")
 
 
 def _check_device(device: Any, path: str) -> None:
@@ -170,16 +201,13 @@ def _read(file: Path, path: str) -> Any:
     if file.suffix not in (".json", ".yaml", ".yml"):
         raise InputError(f"{path} must be a .json, .yaml or .yml file, or {{'type': ...}}; got {str(file)!r}")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: cannot read {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: {file} is not UTF-8: {error.reason} at byte {error.start}") from error
     if file.suffix == ".json":
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{file} is not JSON: {error}") from error
+        return json_spec(text, str(file))
     import yaml  # PyYAML comes with transformers
 
     try:

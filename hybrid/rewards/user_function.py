@@ -161,7 +161,7 @@ def plain(result: Any, form: str) -> Any:
     if form == "one":
         return _number(result)
     try:
-        if isinstance(result, (str, bytes, dict, set)) or len(result) < 0:
+        if isinstance(result, (str, bytes, bytearray, dict, set)) or len(result) < 0:
             return _shown(result)
         return [None if value is None and form == "trl" else _number(value) for value in result]
     except TypeError:  # a scalar

@@ -192,3 +192,46 @@ def test_known_rewards_gives_aliases_parameters_and_summary():
     assert rows["test_shout"].parameters[0] == "batch: bool | None = None"
     assert rows["test_shout"].summary == "Whether the response ends in an exclamation mark."
     assert {"python", "sentiment_lexicon", "weighted_sum"} <= rows.keys()
+
+
+NUL, HALF = "\0", "\ud800"
+
+
+@pytest.mark.parametrize("bad", [NUL, HALF])
+@pytest.mark.parametrize(
+    ("spec", "place"),
+    [
+        ({"type": "truth_rag", "corpus": "x{}"}, "REWARD.corpus"),
+        ({"type": "keyword_count", "keywords": ["a", "x{}"]}, r"REWARD.keywords\[1\]"),
+        ({"type": "judge", "base_url": "http://x{}/v1", "model": "m"}, "REWARD.base_url"),
+        (
+            {"type": "max", "components": [{"type": "regex_presence", "pattern": "x{}"}]},
+            r"REWARD.components\[0\].pattern",
+        ),
+        ("x{}.json", "REWARD"),
+    ],
+)
+def test_a_character_that_no_name_and_no_response_holds_is_refused_with_its_place(spec, place, bad):
+    spec = eval(repr(spec).replace("{}", bad.encode("unicode_escape").decode()))
+    with pytest.raises(InputError, match=f"^{place} must not hold the character"):
+        make_reward(spec)
+
+
+def test_a_name_that_stands_twice_in_json_is_refused(tmp_path):
+    (tmp_path / "r.json").write_text('{"type": "vader", "weight": 1, "weight": 2}')
+    with pytest.raises(InputError, match=r"r.json: 'weight' stands twice in one object"):
+        make_reward(tmp_path / "r.json")
+
+
+def test_a_spec_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "r.json").write_text('{"type": "vader"}\r\n', encoding="utf-8-sig")
+    assert make_reward(tmp_path / "r.json").component_name == "sentiment_lexicon"
+
+
+def test_weights_whose_sum_is_infinite_are_refused():
+    spec = {
+        "type": "weighted_sum",
+        "components": [{"type": "vader", "weight": 1e308}, {"type": "vader", "weight": 1e308}],
+    }
+    with pytest.raises(InputError, match=r"REWARD.components must have weights with a finite sum"):
+        make_reward(spec)

@@ -1,4 +1,5 @@
 import json
+import math
 import sys
 
 import chat_server
@@ -196,3 +197,15 @@ def test_httpx_missing_is_told_when_the_reward_is_built(monkeypatch):
     monkeypatch.setitem(sys.modules, "httpx", None)
     with pytest.raises(InputError, match="needs httpx"):
         make_reward({"type": "judge", "base_url": "http://h/v1", "model": "m"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"base_url": "http://[::1"}, r"^REWARD.base_url must be like 'https://host/v1', got 'http://\[::1'"),
+        ({"extra_body": {"top_p": math.nan}}, r"^REWARD.extra_body must be JSON"),
+    ],
+)
+def test_what_no_request_can_hold_is_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        make_reward({"type": "judge", "base_url": "http://localhost/v1", "model": "m", **settings})

@@ -222,3 +222,26 @@ def test_a_batch_function_gets_the_whole_batch_and_a_one_sample_function_each_di
 def test_several_references_reach_the_function_as_a_list():
     reward = make_reward(lambda response, target: float(response in target))
     assert reward.score(["a", "b"], [["a", "x"], "c"]) == [1, 0]
+
+
+@pytest.mark.parametrize("stop", [SystemExit(0), SystemExit("enough")])
+def test_a_function_that_exits_ends_no_run(stop):
+    def exits(response):
+        raise stop
+
+    async def exits_later(response):
+        raise stop
+
+    for function in (exits, exits_later):
+        with pytest.raises(RewardError, match=r"failed on response 'a': it raised SystemExit"):
+            make_reward(function)("a")
+
+
+def test_bytes_are_no_scores():
+    with pytest.raises(RewardError, match="got the one value b'ab'"):
+        python(lambda responses: b"ab").score(["a", "b"])
+
+
+def test_a_relative_module_names_no_function():
+    with pytest.raises(InputError, match=r"function must look like 'package.module:name', got '.x:f'"):
+        python(".x:f")

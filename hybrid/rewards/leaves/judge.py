@@ -97,7 +97,7 @@ class Judge(Reward):
         if self.extra_body and (taken := self.extra_body.keys() & {"model", "messages", "stream"}):
             raise InputError(f"extra_body must leave {', '.join(sorted(taken))} alone")
         try:
-            json.dumps(self.extra_body)
+            json.dumps(self.extra_body, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise InputError(f"extra_body must be JSON: {error}") from error
         self._client = ChatClient(
@@ -237,7 +237,10 @@ def _template(rubric: str) -> str:
 
 
 def _check_url(base_url: str) -> None:
-    url = urlsplit(base_url)
+    try:
+        url = urlsplit(base_url)
+    except ValueError as error:
+        raise InputError(f"base_url must be like 'https://host/v1', got {base_url!r}: {error}") from None
     if url.username or url.password:
         raise InputError("base_url must hold no user name or password; use api_key_env")
     try:

@@ -4,11 +4,12 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from hybrid.core import InputError, load_object
 from hybrid.rewards.awaited import finished, gathered
-from hybrid.rewards.base import Reward, register_reward
+from hybrid.rewards.base import Reward, RewardError, register_reward
 from hybrid.rewards.samples import has_text
 from hybrid.rewards.user_function import BadFunction, bound
 from hybrid.rewards.worker import Worker
@@ -68,7 +69,7 @@ class PythonFunction(Reward):
         for name in ("interpreter",) if found.is_async else ("timeout", "interpreter"):
             if (value := getattr(self, name)) is not None:
                 raise InputError(f"{name} can be had only with isolate true, got {value!r}")
-        self._call: Callable[..., Any] = found.call
+        self._call: Callable[..., Any] = found.call if found.is_async else partial(_called, found.call)
         self.reads, self._columns, self._named, self._is_async = found.reads, found.columns, found.named, found.is_async
         return found.form
 
@@ -113,3 +114,10 @@ class PythonFunction(Reward):
 
     def _score_one(self, response: str, target: Any, prompt: str, item: Any) -> float:
         return self._call(response, target, prompt, item)
+
+
+def _called(call: Callable[..., Any], *sample: Any) -> Any:
+    try:
+        return call(*sample)
+    except SystemExit as error:  # else the run would end with the function's own status, be it 0
+        raise RewardError(f"it raised {error!r}") from error
