@@ -211,6 +211,8 @@ def _reward(args: argparse.Namespace) -> None:
 
 
 def _score_file(args: argparse.Namespace) -> None:
+    if args.rows < 0:
+        raise InputError(f"--rows must be at least 0, got {args.rows}")
     reward = make_reward(
         json_spec(args.spec, f"the spec {args.spec[:80]!r}") if args.spec.lstrip().startswith("{") else args.spec
     )

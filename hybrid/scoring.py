@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from hybrid.core import InputError, unknown_name
 from hybrid.rewards import Reward, RewardOutput
-from hybrid.run import filled_folder
+from hybrid.run import disk_errors, filled_folder
 
 __all__ = [
     "COLUMNS",
@@ -100,8 +101,7 @@ def output_file(file: str | Path) -> Path:
     """The path, if its name says a format that can be written and nothing is there yet. Raises InputError."""
     if Path(file).suffix not in (".jsonl", ".csv"):
         raise InputError(f"output must be a .jsonl or .csv file, got {str(file)!r}")
-    # A link that leads nowhere would be replaced too.
-    if Path(file).exists() or Path(file).is_symlink():
+    if os.path.lexists(file):
         raise InputError(
             f"output {str(file)!r} is there already, and nothing is overwritten: give another name, or move it"
         )
@@ -124,7 +124,8 @@ def write_rows(file: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     file = output_file(file)
     # A lone surrogate is no UTF-8, but its backslash form is the right JSON escape.
     options: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
-    with filled_folder(file.parent) as folder, (folder / file.name).open("w", **options) as stream:
+    saving = disk_errors(f"write {str(file)!r}")
+    with saving, filled_folder(file.parent) as folder, (folder / file.name).open("w", **options) as stream:
         if file.suffix == ".jsonl":
             stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         else:

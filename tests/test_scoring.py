@@ -116,6 +116,10 @@ def test_the_command_lists_the_types_and_prints_the_schema(capsys):
         (['{"type": "vader"}', "FILE", "--output", "x.txt"], "output must be a .jsonl or .csv file, got 'x.txt'"),
         (['{"type": "vader"}', "FILE", "--response", "answer"], "unknown column 'answer'"),
         (['{"type": "vader"}', "nowhere.jsonl"], "nowhere.jsonl"),
+        (['{"type": "vader"}', "FILE", "--rows", "-1"], "--rows must be at least 0, got -1"),
+        (['{"type": "vader"}', "FILE", "--output", "/proc/scores.csv"], "cannot write '/proc/scores.csv'"),
+        (['{"type": "vader"}', "FILE", "--output", "a" * 300 + ".csv"], "aaa.csv'"),
+        (['{"type": "vader", "type": "bleu"}', "FILE"], "'type' stands twice in one object"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(responses, arguments, message, capsys):

@@ -144,7 +144,7 @@ def _from_dict(spec: Mapping[str, Any], path: str) -> Component:
 
 
 def _check_texts(value: Any, path: str) -> None:
-    """Raises InputError for characters that no file, model or host has in its name, and that in a text are accidents."""
+    """Raises InputError for characters that no file, model or host has in its name, and no text but by accident."""
     if isinstance(value, str) and (found := UNREADABLE.search(value)):
         raise InputError(f"{path} must not hold the character {found[0]!r}, got {value!r}")
     if isinstance(value, Mapping):
