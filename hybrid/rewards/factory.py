@@ -4,7 +4,6 @@ import inspect
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,12 +20,12 @@ from hybrid.rewards.base import Handling, Reward, canonical, rewards
 from hybrid.rewards.compose import Component, Composite
 from hybrid.rewards.leaves.python import PythonFunction
 from hybrid.rewards.postprocess import Postprocess, postprocesses
+from hybrid.rewards.samples import LONE_SURROGATE
 
 __all__ = ["RewardType", "Spec", "json_spec", "known_rewards", "make_reward", "parameters_of_reward"]
 
 Spec = Mapping[str, Any] | Callable[..., Any] | Reward | str | os.PathLike[str]
 
-UNREADABLE = re.compile("[\0\ud800-\udfff]")
 # What a spec may say of any reward, whatever its type.
 COMMON = ("name", "weight", *parameters_of(Handling))
 
@@ -143,16 +142,19 @@ def _from_dict(spec: Mapping[str, Any], path: str) -> Component:
     return Component(reward, float(weight))
 
 
-def _check_texts(value: Any, path: str) -> None:
-    """Raises InputError for characters that no file, model or host has in its name, and no text but by accident."""
-    if isinstance(value, str) and (found := UNREADABLE.search(value)):
-        raise InputError(f"{path} must not hold the character {found[0]!r}, got {value!r}")
+def _check_texts(value: Any, path: str, *, nul_too: bool = True) -> None:
+    """Raises InputError for half a character, which no response holds, and for NUL, which no file or host has.
+
+    The texts of a list, such as a corpus, may hold NUL.
+    """
+    if isinstance(value, str) and (LONE_SURROGATE.search(value) or (nul_too and "\0" in value)):
+        raise InputError(f"{path} must hold neither NUL nor half a character (a lone surrogate), got {value!r}")
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            _check_texts(inner, f"{path}.{key}")
+            _check_texts(inner, f"{path}.{key}", nul_too=nul_too)
     elif isinstance(value, (list, tuple)):
         for index, inner in enumerate(value):
-            _check_texts(inner, f"{path}[{index}]")
+            _check_texts(inner, f"{path}[{index}]", nul_too=False)
 
 
 def _check_device(device: Any, path: str) -> None:

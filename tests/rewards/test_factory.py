@@ -202,7 +202,6 @@ NUL, HALF = "\0", "\ud800"
     ("spec", "place"),
     [
         ({"type": "truth_rag", "corpus": "x{}"}, "REWARD.corpus"),
-        ({"type": "keyword_count", "keywords": ["a", "x{}"]}, r"REWARD.keywords\[1\]"),
         ({"type": "judge", "base_url": "http://x{}/v1", "model": "m"}, "REWARD.base_url"),
         (
             {"type": "max", "components": [{"type": "regex_presence", "pattern": "x{}"}]},
@@ -211,10 +210,16 @@ NUL, HALF = "\0", "\ud800"
         ("x{}.json", "REWARD"),
     ],
 )
-def test_a_character_that_no_name_and_no_response_holds_is_refused_with_its_place(spec, place, bad):
+def test_a_character_that_no_name_holds_is_refused_with_its_place(spec, place, bad):
     spec = eval(repr(spec).replace("{}", bad.encode("unicode_escape").decode()))
-    with pytest.raises(InputError, match=f"^{place} must not hold the character"):
+    with pytest.raises(InputError, match=f"^{place} must hold neither NUL nor half a character"):
         make_reward(spec)
+
+
+def test_a_text_in_a_list_may_hold_nul_but_not_half_a_character():
+    make_reward({"type": "keyword_count", "keywords": ["a", NUL]})
+    with pytest.raises(InputError, match=r"^REWARD.keywords\[1\] must hold neither"):
+        make_reward({"type": "keyword_count", "keywords": ["a", HALF]})
 
 
 def test_a_name_that_stands_twice_in_json_is_refused(tmp_path):
