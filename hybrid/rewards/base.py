@@ -47,7 +47,7 @@ class RewardTimeout(RewardError):
     """A reward did not answer in its time."""
 
 
-# What a reward has for a sample: a score; what went wrong; or None, where the spec says that a failure is skipped.
+# What a reward has for a sample: a score; what went wrong; or None, where it is skipped.
 Row = float | RewardError | None
 
 

@@ -46,7 +46,8 @@ class Part:
 class RewardOutput(list[float]):
     """The scores of a batch of B responses: a list of B floats that also knows where they come from.
 
-    Every score is finite, or nan where `valid` is not: only where the spec says `on_error: skip` of the whole.
+    Every score is finite, or nan where `valid` is not: only where the spec says `on_error: skip` of the
+    whole, or a function of TRL's form says None.
     parts: by name, "outer/inner" where they nest; of a reward without components, its own.
     raw: the scores before the reward's own postprocessing.
     """
