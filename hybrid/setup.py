@@ -22,7 +22,15 @@ from hybrid.data import (
     split_examples,
 )
 from hybrid.mixing import make_strategy
-from hybrid.models import Policy, Reference, add_lora, context_length, recompute_activations, under_adapter
+from hybrid.models import (
+    Policy,
+    Reference,
+    add_lora,
+    check_packing,
+    context_length,
+    recompute_activations,
+    under_adapter,
+)
 from hybrid.run import check_trackers
 
 __all__ = [
@@ -30,8 +38,8 @@ __all__ = [
     "Loaders",
     "ReferenceLike",
     "build_loaders",
+    "build_models",
     "build_policy",
-    "build_references",
     "encoded_corpus",
     "load_tokenizer",
     "model_context",
@@ -245,6 +253,40 @@ def _prompt_template(examples: Sequence[Example], config: DataConfig) -> str:
     if examples and examples[0].messages:
         return "chat"
     return "none" if examples and not examples[0].prompt else config.template
+
+
+def build_models(
+    policy: Policy | nn.Module | str | Path,
+    reference: ReferenceLike | Sequence[ReferenceLike] | None,
+    config: HybridConfig,
+    tokenizer: Any,
+) -> tuple[Policy, list[Reference]]:
+    """The policy and its references, none of which says what the tokenizer has no token for.
+
+    Raises InputError where the whole model is frozen, where packing is asked of one that cannot keep examples apart,
+    and where the tokenizer has ids that a model has not.
+    """
+    made = build_policy(policy, config.model)
+    if not any(parameter.requires_grad for parameter in made.backbone.parameters()):
+        raise InputError("every weight of the model is frozen (requires_grad is False); set model.lora, or unfreeze it")
+    if config.sft.packing:
+        check_packing(made.backbone, config.data.max_length)
+    references = build_references(reference, config.references, made)
+    for backbone in (made.backbone, *(other.backbone for other in references)):
+        backbone.fit_vocabulary(tokenizer)
+    if config.kl.kind == "full":
+        _check_vocabularies(made, references)
+    return made, references
+
+
+def _check_vocabularies(policy: Policy, references: Sequence[Reference]) -> None:
+    rows = len(policy.backbone.head_weight)
+    for number, reference in enumerate(references):
+        if len(reference.backbone.head_weight) != rows:
+            raise InputError(
+                f"kl.kind 'full' needs a reference with the policy's vocabulary of {rows}, and references[{number}] "
+                f"has {len(reference.backbone.head_weight)}; take kl.kind k1, k2 or k3"
+            )
 
 
 def build_policy(policy: Policy | nn.Module | str | Path, config: ModelConfig) -> Policy:

@@ -38,8 +38,7 @@ from hybrid.setup import (
     Loaders,
     ReferenceLike,
     build_loaders,
-    build_policy,
-    build_references,
+    build_models,
     encoded_corpus,
     load_tokenizer,
     model_context,
@@ -117,10 +116,7 @@ class HybridTrainer:
         for other in config.references:
             if other.model is not None and reference is None:
                 model_context(other.model)
-        self.policy = build_policy(source, config.model)
-        if config.sft.packing:
-            self.policy.backbone.check_packing()
-        self.references = build_references(reference, config.references, self.policy)
+        self.policy, self.references = build_models(source, reference, config, self.tokenizer)
         if self.reward is not None:
             self.reward.setup(self.policy.device)
         self.updater = Updater(

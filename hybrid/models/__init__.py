@@ -2,6 +2,7 @@
 
 from hybrid.models.adapt import LoraConfig, add_lora, require, under_adapter
 from hybrid.models.backbone import Backbone, context_length
+from hybrid.models.contract import check_packing
 from hybrid.models.heads import ValueHead
 from hybrid.models.policy import VALUE_HEAD_FILE, Policy, PolicyOutput, before_response, response_stats
 from hybrid.models.recompute import recompute_activations
@@ -17,6 +18,7 @@ __all__ = [
     "ValueHead",
     "add_lora",
     "before_response",
+    "check_packing",
     "context_length",
     "recompute_activations",
     "require",

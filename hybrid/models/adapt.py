@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybrid.core import InputError, unknown_name
+from hybrid.core import InputError, first_line, unknown_name
 
 __all__ = [
     "LoraConfig",
@@ -35,6 +35,8 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 FREE = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
         "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "task_type", "inference_mode", "auto_mapping",
         "peft_version", "base_model_name_or_path", "revision", "runtime_config"}  # fmt: skip
+
+STATE_SPACE = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
 
 
 def require(module: str, what: str, install: str) -> None:
@@ -103,17 +105,22 @@ def add_lora(model: Any, config: LoraConfig) -> None:
     for target in config.target_modules or ():
         if target not in (linear := _linear_layers(model)):
             raise unknown_name("layer in model.lora.target_modules:", target, linear)
+    # By name: of peft's "all-linear" the fused weights of experts are a part, which are no linear layers.
+    targets = config.target_modules or sorted(_linear_layers(model) - _kept_plain(model))
     lora = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules="all-linear" if config.target_modules is None else list(config.target_modules),
+        target_modules=list(targets),
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
         # peft sets it right by itself for GPT-2's Conv1D, and says so for each layer.
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
-        model.add_adapter(lora)
+        try:
+            model.add_adapter(lora)
+        except ValueError as error:  # layers that peft does not adapt in models of this type
+            raise InputError(f"model.lora on {type(model).__name__}: {first_line(error)}") from error
     adopted(model)
 
 
@@ -140,7 +147,9 @@ def adopted(model: Any) -> Any:
     [(name, config), *others] = configs.items()
     kind = type(config).__name__ if type(config) is not peft.LoraConfig else ""
     plain = vars(peft.LoraConfig())
-    odd = [kind] if kind else [f"{k}={v!r}" for k, v in vars(config).items() if k not in FREE and v != plain[k]]
+    # peft leaves an empty set where a model with experts has none that are adapted.
+    changed = {k: v for k, v in vars(config).items() if k not in FREE and (v or None) != (plain.get(k) or None)}
+    odd = [kind] if kind else [f"{k}={v!r}" for k, v in changed.items()]
     if odd or others:
         raise InputError(f"the model's adapter must be one plain LoRA adapter, got {', '.join(odd or configs)}")
     for which in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -263,6 +272,11 @@ def _linear_layers(model: Any) -> set[str]:
     head = model.get_output_embeddings()
     linear = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
     return {name.rpartition(".")[2] for name in linear}
+
+
+def _kept_plain(model: Any) -> set[str]:
+    """Layers that peft adapts in no state-space model: their kernels read the weight itself."""
+    return {"out_proj"} if model.config.model_type in STATE_SPACE else set()
 
 
 def _is_adapter(module: nn.Module) -> bool:

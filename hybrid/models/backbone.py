@@ -11,30 +11,47 @@ from torch import Tensor, nn
 from hybrid.core import InputError, first_line
 from hybrid.functional import soft_capped
 from hybrid.models.adapt import adopted
+from hybrid.models.contract import check_contract, logit_scale, refusing, windows
 
 __all__ = ["Backbone", "context_length"]
+
+# What a trunk calls the keys and values, or the state, of the tokens it has seen: transformers from 5.24 on, before
+# that, and of state-space models.
+CACHES = ("cache", "past_key_values", "cache_params")
+
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")  # Gemma's name, RecurrentGemma's
 
 
 class Backbone(nn.Module):
     """Trunk and LM head of any `transformers` causal LM. Owns the model; gives hidden states, never logits.
 
-    The trunk is what `get_decoder()` returns and the head what `get_output_embeddings()` returns; that
+    The trunk is what `get_decoder()` returns and the head what `get_output_embeddings()` returns. That
     head(trunk(x)) really is what the model itself computes, up to a constant factor (Cohere, Granite) and a
-    soft-cap (Gemma 2), is checked once on a few tokens when it is built. A LoRA adapter may be in it, or be put in
-    later (`add_lora`).
+    soft-cap (Gemma 2), that padding changes nothing and that the cache gives what one forward gives, is checked once
+    on a few tokens when it is built; a model that does not is refused by name (InputError). A LoRA adapter may be in
+    it, or be put in later (`add_lora`).
     """
 
     def __init__(self, model: Any):
         super().__init__()
+        _check_kind(model)
         self.model = model = adopted(model)
         head = model.get_output_embeddings()
         if not isinstance(getattr(head, "weight", None), Tensor):
             raise InputError(f"{type(model).__name__} has no LM head with a weight: not a causal language model?")
-        parameters = inspect.signature(model.get_decoder().forward).parameters
+        parameters = inspect.signature(self.trunk.forward).parameters
         self._takes_positions = "position_ids" in parameters
+        self._cache = next((name for name in CACHES if name in parameters), None)
+        if self._cache is None:
+            raise InputError(f"{type(model).__name__} keeps no cache that a sampler can hand on; it is not supported")
         # logits <- softcap * tanh(logits / softcap)
-        self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        self.logit_scale = _logit_scale(self)
+        caps = [getattr(model.config.get_text_config(), name, None) for name in SOFTCAPS]
+        self.softcap: float | None = next((cap for cap in caps if cap is not None), None)
+        self.register_buffer("_outside", None, persistent=False)  # (V,) -inf at the ids that the tokenizer has not
+        self.logit_scale = 1.0
+        with refusing(model):
+            self.logit_scale = logit_scale(self)
+            check_contract(self)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, *, dtype: torch.dtype = torch.float32, **kwargs: Any) -> "Backbone":
@@ -45,14 +62,25 @@ class Backbone(nn.Module):
         # Not even asked about: code that comes with a model is run for who says so in kwargs.
         options = {"trust_remote_code": False} | kwargs
         try:
-            return cls(AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **options))
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name_or_path, dtype=dtype, output_loading_info=True, **options
+            )
         except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
             message = f"model {str(name_or_path)!r} not found, or not a causal language model: {first_line(error)}"
             raise InputError(message) from error
+        model, loading = loaded
+        if missing := sorted(loading["missing_keys"]):
+            raise InputError(
+                f"model {str(name_or_path)!r} has no weights for {', '.join(missing[:3])}"
+                f"{' ...' if len(missing) > 3 else ''}: it is another kind of model, or not whole; random ones would "
+                "be trained in their place"
+            )
+        return cls(model)
 
     @property
     def trunk(self) -> nn.Module:
-        return self.model.get_decoder()
+        decoder = self.model.get_decoder()
+        return self.model.model if decoder is self.model else decoder  # Llama 4's is itself
 
     @property
     def head_weight(self) -> Tensor:
@@ -61,8 +89,11 @@ class Backbone(nn.Module):
 
     @property
     def head_bias(self) -> Tensor | None:
-        """(V,), or None."""
-        return getattr(self.model.get_output_embeddings(), "bias", None)
+        """(V,), or None; -inf at the ids that `fit_vocabulary` has ruled out."""
+        bias = getattr(self.model.get_output_embeddings(), "bias", None)
+        if self._outside is None:
+            return bias
+        return self._outside if bias is None else bias + self._outside
 
     @property
     def hidden_size(self) -> int:
@@ -82,44 +113,55 @@ class Backbone(nn.Module):
 
         attention_mask: (B, T), true on tokens; or, with `position_ids`, segment numbers (see `Batch`).
         """
+        mask: Tensor | None = attention_mask.long()
         if position_ids is None:
-            mask, position_ids = attention_mask.long(), positions(attention_mask)
+            position_ids = positions(attention_mask)
+        elif windows(self.model.config):
+            # Such a model cuts its windows out of the mask that it makes of the positions, where it is given none.
+            mask = None
         else:
             mask = _segment_mask(attention_mask, self.head_weight.dtype)
         return self._scaled(self._run(input_ids, mask, position_ids, use_cache=False).last_hidden_state)
 
-    @torch.no_grad()
-    def check_packing(self) -> None:
-        """Raise InputError unless packed segments give the hidden states that they have alone."""
-        was_training = self.training
-        self.eval()
-        ids = torch.arange(1, 7, device=self.device).remainder(self.head_weight.shape[0]).unsqueeze(0)
-        segments = torch.tensor([[1, 1, 1, 2, 2, 2]], device=self.device)
-        try:
-            packed = self(ids, segments, torch.tensor([[0, 1, 2] * 2], device=self.device))[:, 3:]
-            alone = self(ids[:, 3:], torch.ones_like(ids[:, 3:]))
-            # Rounding, of sums in another order, of the stored dtype.
-            close = torch.allclose(packed, alone, rtol=1e-3, atol=64 * torch.finfo(packed.dtype).eps)
-        except (ValueError, RuntimeError, IndexError):  # a model that takes no mask per segment
-            close = False
-        self.train(was_training)
-        if not close:
-            raise InputError(f"{type(self.model).__name__} cannot keep packed examples apart; set sft.packing to false")
+    def fit_vocabulary(self, tokenizer: Any) -> None:
+        """Give ids that the tokenizer has no token for no probability: in sampling and in log-probs alike.
+
+        Raises InputError where the tokenizer has ids that the model has not.
+        """
+        ids = sorted(set(tokenizer.get_vocab().values()))
+        rows = min(self.head_weight.shape[0], self.model.get_input_embeddings().weight.shape[0])
+        if ids[-1] >= rows:
+            raise InputError(
+                f"the tokenizer has ids up to {ids[-1]}, and {type(self.model).__name__} has {rows} embeddings: it is "
+                "another model's, or tokens were added to it without model.resize_token_embeddings(len(tokenizer))"
+            )
+        self._outside = None
+        if len(ids) < self.head_weight.shape[0]:
+            outside = torch.full((self.head_weight.shape[0],), -torch.inf, device=self.device)
+            outside[ids] = 0.0
+            self._outside = outside
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V) float32, soft-capped: for a few positions, never for a whole batch."""
+        bias = None if self.head_bias is None else self.head_bias.float()
+        # In float32 under autocast too: what is drawn from must be what the log-probs are later computed of.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return soft_capped(nn.functional.linear(hidden.float(), self.head_weight.float(), bias), self.softcap)
 
     def next_logits(self, input_ids: Tensor, attention_mask: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
         """Logits (B, V) float32 after the last token, and the cache for the next call.
 
         input_ids: (B, n), the tokens that the cache has not seen.   attention_mask: (B, seen + n).
         """
-        position_ids = positions(attention_mask)[:, -input_ids.shape[1] :]
-        extra = {} if cache is None else {"past_key_values": cache}
-        out = self._run(input_ids, attention_mask.long(), position_ids, use_cache=True, **extra)
-        hidden = self._scaled(out.last_hidden_state[:, -1])
-        bias = None if self.head_bias is None else self.head_bias.float()
-        # In float32 under autocast too: what is drawn from must be what the log-probs are later computed of.
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = nn.functional.linear(hidden.float(), self.head_weight.float(), bias)
-            return soft_capped(logits, self.softcap), out.past_key_values
+        num_new = input_ids.shape[1]
+        mask, position_ids = attention_mask.long(), positions(attention_mask)[:, -num_new:]
+        assert self._cache is not None
+        if self._cache == "cache_params":
+            # A state has no columns to mask: of the new tokens alone it is asked which are padding.
+            mask = mask[:, -num_new:]
+        extra = {} if cache is None else {self._cache: cache}
+        out = self._run(input_ids, mask, position_ids, use_cache=True, **extra)
+        return self.logits(self._scaled(out.last_hidden_state[:, -1])), getattr(out, self._cache)
 
     def eos_ids(self, tokenizer: Any) -> list[int]:
         """Every token that ends a response: the tokenizer's EOS, and those of the model's generation config."""
@@ -128,12 +170,29 @@ class Backbone(nn.Module):
         return sorted({token for token in [tokenizer.eos_token_id, *listed] if token is not None})
 
     def _scaled(self, hidden: Tensor) -> Tensor:
+        dtype = self.head_weight.dtype
+        if hidden.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16):
+            hidden = hidden.to(dtype)  # a residual stream kept in float32 (Mamba), as the model itself does
         return hidden if self.logit_scale == 1.0 else hidden * self.logit_scale
 
-    def _run(self, input_ids: Tensor, mask: Tensor, position_ids: Tensor, **kwargs: Any) -> Any:
+    def _run(self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor, **kwargs: Any) -> Any:
         if self._takes_positions:
             kwargs["position_ids"] = position_ids
         return self.trunk(input_ids=input_ids, attention_mask=mask, **kwargs)
+
+
+def _check_kind(model: Any) -> None:
+    """Raise InputError for what is no transformers causal LM at all."""
+    name = type(model).__name__
+    if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
+        raise InputError(f"a policy is made of a transformers causal language model, got {name}")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise InputError(f"{name} is an encoder with a decoder, not a causal language model; such are not supported")
+    if getattr(model.config, "output_router_logits", False):
+        raise InputError(
+            f"{name} asks for its router's loss (config.output_router_logits), which is not computed here; load "
+            "it with output_router_logits=False"
+        )
 
 
 def positions(attention_mask: Tensor) -> Tensor:
@@ -142,8 +201,26 @@ def positions(attention_mask: Tensor) -> Tensor:
 
 
 def context_length(config: Any) -> int | None:
-    """The longest sequence a model's config allows, or None where it does not say."""
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    """The longest sequence a model's config allows, or None where it does not say.
+
+    Past the length at which a rope changes its frequencies (longrope, dynamic) a token's meaning depends on how long
+    the longest row of its batch is, and keys in a cache go stale: up to there.
+    """
+    text = config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    if longest is None or longest <= 0:  # XLNet's -1
+        return None
+    return min([longest, *_rope_switches(text)])
+
+
+def _rope_switches(config: Any) -> list[int]:
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    # One for all layers, or one for each type of layer.
+    kinds = [rope, *(inner for inner in rope.values() if isinstance(inner, dict))]
+    switching = [kind for kind in kinds if kind.get("rope_type", kind.get("type")) in ("longrope", "dynamic")]
+    own = getattr(config, "original_max_position_embeddings", None)
+    lengths = [kind.get("original_max_position_embeddings") or own for kind in switching]
+    return [int(length) for length in lengths if length]
 
 
 def _segment_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
@@ -153,34 +230,3 @@ def _segment_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
     allowed = same & torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
     mask = torch.zeros(allowed.shape, dtype=dtype, device=segments.device)
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min).unsqueeze(1)
-
-
-@torch.no_grad()
-def _logit_scale(backbone: Backbone) -> float:
-    """The constant factor of the model's own logits over head(trunk(x)); 1 for nearly every family.
-
-    Raises InputError where the two are not proportional, but for a soft-cap (a layer between trunk and head).
-    """
-    model = backbone.model
-    was_training = model.training
-    model.eval()
-    ids = torch.arange(1, 5, device=backbone.device).remainder(backbone.head_weight.shape[0]).unsqueeze(0)
-    mask = torch.ones_like(ids)
-    hidden = backbone._run(ids, mask, positions(mask), use_cache=False).last_hidden_state
-    bias = backbone.head_bias
-    ours = nn.functional.linear(hidden, backbone.head_weight).float()
-    theirs = model(input_ids=ids, attention_mask=mask).logits.float()
-    model.train(was_training)
-    # Before the soft-cap and the bias they differ by that factor, if by anything.
-    cap, shift = backbone.softcap, 0.0 if bias is None else bias.float()
-    linear = (theirs if cap is None else cap * torch.atanh((theirs / cap).clamp(-0.9999, 0.9999))) - shift
-    scale = ((ours * linear).sum() / (ours**2).sum()).item() if ours.any() else 1.0
-    scale = 1.0 if abs(scale - 1.0) < 1e-3 else scale
-    # Rounding of the stored dtype: bf16 keeps 8 bits, and both sides are rounded.
-    tolerance = 4 * torch.finfo(hidden.dtype).eps * theirs.abs().max().item() + 1e-4
-    if (theirs - soft_capped(scale * ours + shift, cap)).abs().max() > tolerance:
-        raise InputError(
-            f"{type(model).__name__} computes its logits by more than its LM head on get_decoder()'s output "
-            "(another layer); such models are not supported"
-        )
-    return scale

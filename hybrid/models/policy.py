@@ -97,7 +97,14 @@ class Policy(nn.Module):
 
         if (folder / VALUE_HEAD_FILE).is_file():
             with disk_errors(f"read the value head {str(folder / VALUE_HEAD_FILE)!r}"):
-                self.value_head.load_state_dict(load_file(folder / VALUE_HEAD_FILE))
+                state = load_file(folder / VALUE_HEAD_FILE)
+            sizes = [{name: tuple(x.shape) for name, x in s.items()} for s in (state, self.value_head.state_dict())]
+            if sizes[0] != sizes[1]:
+                raise InputError(
+                    f"the value head {str(folder / VALUE_HEAD_FILE)!r} is another model's: it has {sizes[0]}, "
+                    f"this model's is {sizes[1]}; remove it to start a new one"
+                )
+            self.value_head.load_state_dict(state)
         if holds_adapter(folder):
             load_adapter(self.backbone.model, folder)
 

@@ -3,7 +3,10 @@
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
+
+from hybrid.core import InputError
 
 __all__ = ["parameter_groups"]
 
@@ -19,9 +22,12 @@ def parameter_groups(
 
     Biases, norms and embeddings do not decay unless `decay_all`. Tied weights come once, frozen ones not at
     all. Bare parameters (no names, no modules) make one group that decays.
+    Raises InputError where none can be trained, and for float16 ones, which the first step would make NaN.
     """
     if not isinstance(model_or_params, nn.Module):
-        return [{"params": [p for p in model_or_params if p.requires_grad], "weight_decay": weight_decay}]
+        bare = _trainable(model_or_params)
+        return [{"params": bare, "weight_decay": weight_decay}]
+    _trainable(model_or_params.parameters())
     groups: dict[str, dict[str, Any]] = {
         "decay": {"params": [], "weight_decay": weight_decay},
         "no_decay": {"params": [], "weight_decay": 0.0},
@@ -42,3 +48,15 @@ def parameter_groups(
                 group = "no_decay" if plain and not decay_all else "decay"
             groups[group]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
+
+
+def _trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    trainable = [p for p in parameters if p.requires_grad]
+    if not trainable:
+        raise InputError("there is nothing to train: every parameter is frozen (requires_grad is False)")
+    if any(p.dtype == torch.float16 for p in trainable):
+        raise InputError(
+            "float16 weights cannot be trained: their updates overflow or round away; load the model in float32 "
+            "(model.dtype), and set model.precision=float16 to compute in float16"
+        )
+    return trainable

@@ -7,7 +7,7 @@ from torch.nn.functional import linear
 
 from hybrid.core import InputError
 from hybrid.functional import soft_capped, token_logprob
-from hybrid.models import Backbone, Policy, response_stats
+from hybrid.models import Backbone, Policy, check_packing, response_stats
 
 # Sums in another order, in float32, of numbers around 1.
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -61,13 +61,13 @@ def test_the_cache_gives_the_same_next_logits_as_one_forward(backbone, tokens):
 
 
 def test_packing_is_checked_and_refused_where_segments_are_not_kept_apart(backbone):
-    backbone.check_packing()
+    check_packing(backbone, 64)
     from transformers import BloomConfig, BloomForCausalLM
 
     # ALiBi: positions come from the mask, which has no segments.
     other = Backbone(BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4)))
     with pytest.raises(InputError, match="packing"):
-        other.check_packing()
+        check_packing(other, 64)
 
 
 def test_the_logits_of_a_soft_capped_model_are_capped():
