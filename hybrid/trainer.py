@@ -200,6 +200,7 @@ class HybridTrainer:
                 sampling=self.config.sampling,
                 samples_per_prompt=self.config.ppo.samples_per_prompt,
                 generator=self.sampler,
+                allow_gap=self.config.ppo.importance is not None,
                 **self._collect_options(),
             )
 

@@ -31,7 +31,9 @@ def tiny_model(family: str = "llama", *, seed: int = 0, std: float = 0.2, **over
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **COMMON | FAMILIES.get(family, {}) | overrides))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **COMMON | FAMILIES.get(family, {}) | overrides)
+    )
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=std)

@@ -1,9 +1,10 @@
 """The one error for bad input, and the "did you mean" that all of them share."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
-__all__ = ["InputError", "RunStopped", "first_line", "unknown_name"]
+__all__ = ["InputError", "RunStopped", "enough_memory", "first_line", "is_out_of_memory", "unknown_name"]
 
 
 class InputError(ValueError):
@@ -32,3 +33,19 @@ def unknown_name(what: str, name: str, known: Iterable[str], *, hint: str = "") 
 def first_line(error: Exception) -> str:
     """The first line of a library's message, for a message of one line."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """A GPU's has a class of its own, the CPU's is known by its allocator's name."""
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+
+
+@contextmanager
+def enough_memory(what: str, remedy: str) -> Iterator[None]:
+    """Inside the block memory that runs out is a RunStopped that says at what, and what makes it less."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunStopped(f"out of memory while {what} ({first_line(error)}). {remedy}") from None

@@ -62,7 +62,16 @@ def evaluate_responses(
         batch = examples[start : start + batch_size]
         try:
             rollouts += [
-                collect(policy, references, judge, batch, tokenizer=tokenizer, sampling=sampling, generator=generator)
+                collect(
+                    policy,
+                    references,
+                    judge,
+                    batch,
+                    tokenizer=tokenizer,
+                    sampling=sampling,
+                    generator=generator,
+                    allow_gap=True,
+                )
             ]
         except AllSkipped:
             # The last batch may be one response; only where none has a score is there nothing to measure.

@@ -48,6 +48,7 @@ class Backbone(nn.Module):
         caps = [getattr(model.config.get_text_config(), name, None) for name in SOFTCAPS]
         self.softcap: float | None = next((cap for cap in caps if cap is not None), None)
         self.register_buffer("_outside", None, persistent=False)  # (V,) -inf at the ids that the tokenizer has not
+        self._fitted: tuple[int, int] | None = None  # the tokenizer that it was made for
         self.logit_scale = 1.0
         with refusing(model):
             self.logit_scale = logit_scale(self)
@@ -128,6 +129,8 @@ class Backbone(nn.Module):
 
         Raises InputError where the tokenizer has ids that the model has not.
         """
+        if self._fitted == (id(tokenizer), len(tokenizer)):
+            return
         ids = sorted(set(tokenizer.get_vocab().values()))
         rows = min(self.head_weight.shape[0], self.model.get_input_embeddings().weight.shape[0])
         if ids[-1] >= rows:
@@ -140,6 +143,7 @@ class Backbone(nn.Module):
             outside = torch.full((self.head_weight.shape[0],), -torch.inf, device=self.device)
             outside[ids] = 0.0
             self._outside = outside
+        self._fitted = id(tokenizer), len(tokenizer)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V) float32, soft-capped: for a few positions, never for a whole batch."""

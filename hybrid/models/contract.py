@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hybrid.core import InputError, first_line
+from hybrid.core import InputError, first_line, is_out_of_memory
 from hybrid.functional import soft_capped
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def refusing(model: nn.Module) -> Iterator[None]:
     except InputError:
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
         raise InputError(
             f"{type(model).__name__} cannot be run as a causal language model: {first_line(error)}"

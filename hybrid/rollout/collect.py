@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybrid.core import Batch, Encoded, InputError, Rollout
+from hybrid.core import Batch, Encoded, InputError, Rollout, enough_memory
 from hybrid.data import filler_id, left_pad
 from hybrid.functional import kl_estimate, masked_sum, masked_whiten, token_reward
 from hybrid.models import Policy, Reference, before_response, response_stats
 from hybrid.rewards import AllSkipped, Reward, RewardOutput
+from hybrid.rollout.gap import check_sampling_gap
 from hybrid.rollout.kl import KLKind
 from hybrid.rollout.sample import Responses, SamplingConfig, sample
 
@@ -52,6 +53,7 @@ def collect(
     microbatch_size: int | None = None,
     samples_per_prompt: int = 1,
     generator: torch.Generator | None = None,
+    allow_gap: bool = False,
 ) -> Rollout:
     """Answer the batch's prompts, score the answers, and assemble the rollout.
 
@@ -59,6 +61,8 @@ def collect(
     kl_coef: the weight of the per-token KL in the reward; 0 where the KL belongs into the loss.
     microbatch_size: rows of one scoring forward. Where PPO's first epoch uses the same, its first ratios are
         exactly 1: the same rows went through the same products.
+    allow_gap: whether the responses may have been drawn from another distribution than the training forward's, as
+        where `PPOConfig.importance` corrects for it; else that is a RunStopped (see `check_sampling_gap`).
     A response that the reward skips (`on_error: skip`) is left out of the rollout, and of its group.
     The policy is left in eval mode: PPO compares log-probs, so dropout stays off until the next SFT step.
     """
@@ -66,9 +70,12 @@ def collect(
     asked = batch.examples if isinstance(batch, Batch) else tuple(batch)
     examples = [example for example in asked for _ in range(samples_per_prompt)]
     start = time.perf_counter()
-    prompt_ids, prompt_mask, responses = respond(
-        policy, examples, tokenizer=tokenizer, sampling=sampling, generator=generator
-    )
+    for backbone in (policy.backbone, *(reference.backbone for reference in references)):
+        backbone.fit_vocabulary(tokenizer)
+    with enough_memory("sampling", "Lower ppo.batch_size or sampling.max_new_tokens, or set model.precision=bfloat16"):
+        prompt_ids, prompt_mask, responses = respond(
+            policy, examples, tokenizer=tokenizer, sampling=sampling, generator=generator
+        )
     generated = time.perf_counter()
     hints = [e.prompt_ids[len(e.prompt_ids) - e.num_hint :] for e in examples]
     texts = response_texts(tokenizer, responses, hints)
@@ -78,21 +85,24 @@ def collect(
     scores = reward.score(texts, given, prompts, [e.item for e in examples])
     kept = _rows_with_a_score(scores, reward)
     scored = time.perf_counter()
-    rollout = assemble(
-        policy,
-        references,
-        prompt_ids[kept],
-        prompt_mask[kept],
-        responses.of(kept),
-        scores.values[kept],
-        score=score,
-        # Of a greedy response there is no distribution: its log-probs are the model's own.
-        temperature=sampling.temperature or 1.0,
-        kl_coef=kl_coef,
-        kl_kind=kl_kind,
-        microbatch_size=microbatch_size,
-        group=torch.tensor([i // samples_per_prompt for i in kept], device=prompt_ids.device),
-    )
+    with enough_memory("scoring a rollout", "Lower ppo.microbatch_size, or ppo.minibatch_size where that is not set"):
+        rollout = assemble(
+            policy,
+            references,
+            prompt_ids[kept],
+            prompt_mask[kept],
+            responses.of(kept),
+            scores.values[kept],
+            score=score,
+            # Of a greedy response there is no distribution: its log-probs are the model's own.
+            temperature=sampling.temperature or 1.0,
+            kl_coef=kl_coef,
+            kl_kind=kl_kind,
+            microbatch_size=microbatch_size,
+            group=torch.tensor([i // samples_per_prompt for i in kept], device=prompt_ids.device),
+        )
+    if not allow_gap:
+        check_sampling_gap(rollout, policy, sampling)
     return replace(
         rollout,
         prompts=tuple(prompts[i] for i in kept),

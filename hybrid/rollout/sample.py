@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hybrid.core import InputError
+from hybrid.core import InputError, RunStopped
 from hybrid.models import Backbone
 
 __all__ = ["Responses", "SamplingConfig", "sample"]
@@ -41,6 +41,11 @@ class SamplingConfig:
             raise ValueError(f"SamplingConfig.top_k must be >= 0, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"SamplingConfig.top_p must lie in (0, 1], got {self.top_p}")
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether less than the whole distribution is drawn from."""
+        return bool(self.top_k or self.top_p < 1 or self.min_new_tokens)
 
     def check_room(self, num_tokens: int, context: int | None, *, prompt: str = "") -> None:
         """Raise InputError where a prompt of so many tokens leaves no room to answer in the model's context."""
@@ -88,6 +93,7 @@ def sample(
         by what happened, never by comparing ids with it.
     generator: on the backbone's device; None draws from torch's global one.
     The caller switches dropout off (`policy.eval()`).
+    Raises RunStopped where the logits are not finite.
     """
     eos = torch.tensor(sorted(set(eos_ids)), device=prompt_ids.device)
     mask, cache, new = prompt_mask.bool(), None, prompt_ids
@@ -97,6 +103,12 @@ def sample(
     logprobs: list[Tensor] = []
     for position in range(config.max_new_tokens):
         logits, cache = backbone.next_logits(new, mask, cache)
+        # The maximum is NaN where a logit is.
+        if not logits.amax(-1).isfinite().all():
+            raise RunStopped(
+                f"the policy's logits are not finite at token {position + 1} of its responses: its weights have "
+                "diverged. Lower optimizer.lr"
+            )
         if position < config.min_new_tokens:
             logits[:, eos] = -torch.inf
         token, logprob = _draw(logits, config, generator)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
-from hybrid.core import Batch, Rollout, RunStopped, first_line
+from hybrid.core import Batch, Rollout, RunStopped, first_line, is_out_of_memory
 
 __all__ = ["Loss", "Rows", "Term", "accumulate", "split"]
 
@@ -80,8 +80,7 @@ def _attempt(term: Term[Any], size: int, scaler: GradScaler) -> dict[str, float]
             scaler.scale(term.coef * loss).backward()
             parts.append((microbatch.num_tokens, {"loss": loss.detach(), **metrics}))
     except RuntimeError as error:
-        # A GPU's has a class of its own, the CPU's is known by its allocator's name.
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        if is_out_of_memory(error):
             return first_line(error)
         raise
     return _merged(parts)

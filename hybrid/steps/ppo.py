@@ -209,6 +209,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
 
     reward is the reward function's score, before shaping and KL.   kl: nats per response.   entropy: nats per
     token.   value_error: mean squared error of the values against the returns, which only a critic has.
+    sampling_gap, sampling_gap_max: |sampling_logprob - old_logprob|, nats per token, mean and maximum.
     """
     mask, score = rollout.mask, rollout.score
     metrics = {
@@ -219,6 +220,9 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "response_length": mask.sum(1).float().mean(),
         "eos_share": rollout.ended.float().mean(),
     }
+    if rollout.sampling_logprob is not None:
+        gap = (rollout.sampling_logprob - rollout.old_logprob).abs()
+        metrics |= {"sampling_gap": masked_mean(gap, mask), "sampling_gap_max": gap.max()}
     if rollout.return_ is not None:
         half_error, value_metrics = value_loss(rollout.old_value, rollout.old_value, rollout.return_, mask, clip=None)
         metrics |= {
