@@ -16,6 +16,7 @@ from hybrid.data import (
     collate,
     encode,
     encode_all,
+    encode_turns,
     examples_from,
     filler_id,
     read_examples,
@@ -86,7 +87,8 @@ class Corpus:
             return rows
         if all(isinstance(row, str) for row in rows):
             return [self.prompt(row) for row in rows]
-        return [encode(e, self.tokenizer, self.config) for e in examples_from(rows, self.config)]
+        examples = examples_from(rows, self.config)
+        return [e for example in examples for e in encode_turns(example, self.tokenizer, self.config)]
 
     def batch(self, rows: Batch | Iterable[Any]) -> Batch:
         """A batch to train on."""

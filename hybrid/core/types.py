@@ -18,18 +18,26 @@ IGNORE = -100  # the label of a token that is not trained; transformers' and tor
 
 @dataclass(frozen=True)
 class Example:
-    """One row of the user's data, as text.
+    """One row of the user's data, as text, or as the tokens that the user made of it.
 
     prompt: what the model is given, before any template.   target: the answer wanted, "" where there is none.
-    messages: a dialogue of {"role", "content"}, for chat data; then `target` is its last assistant turn.
+    messages: a dialogue of {"role", "content"}, for chat data, with whatever other keys its turns have; then `target`
+        is its last assistant turn. A content may be None or absent beside `tool_calls`.
+    num_prompt_messages: the first so many messages are a prompt: the assistant's turns among them are not trained.
+    tools: JSON schemas of the tools, for the chat template.
+    input_ids, labels: a tokenised row, of one length; labels are the ids, IGNORE where a token is not trained.
     item: the row itself, which rewards receive.
-    A row of plain text has `prompt == ""` and the whole text as its target.
+    A row of plain text has `prompt == ""` and the whole text as its target; a tokenised row has neither.
     """
 
     prompt: str
     target: str = ""
-    messages: tuple[Mapping[str, str], ...] = ()
+    messages: tuple[Mapping[str, Any], ...] = ()
     item: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[Mapping[str, Any], ...] = ()
+    num_prompt_messages: int = 0
+    input_ids: tuple[int, ...] = ()
+    labels: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

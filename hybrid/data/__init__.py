@@ -1,7 +1,7 @@
 """The user's rows: read, turned into examples, encoded, batched."""
 
 from hybrid.data.config import DataConfig
-from hybrid.data.encode import encode, encode_all
+from hybrid.data.encode import encode, encode_all, encode_turns
 from hybrid.data.examples import examples_from, read_examples, split_examples
 from hybrid.data.loader import Loader
 from hybrid.data.pack import collate, filler_id, left_pad, pack
@@ -14,6 +14,7 @@ __all__ = [
     "collate",
     "encode",
     "encode_all",
+    "encode_turns",
     "examples_from",
     "filler_id",
     "left_pad",

@@ -1,14 +1,16 @@
 """From examples to token ids and labels: what is trained, and what a rollout starts from."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from hybrid.core import IGNORE, Encoded, Example, InputError
 from hybrid.data.config import DataConfig
-from hybrid.data.template import chat_text, prompt_text
+from hybrid.data.template import prompt_text
+from hybrid.data.tokens import continuation, opening, specials_in, tokens
+from hybrid.data.turns import encode_dialogue
 
-__all__ = ["encode", "encode_all"]
+__all__ = ["encode", "encode_all", "encode_turns"]
 
 logger = logging.getLogger(__name__)
 
@@ -16,25 +18,28 @@ logger = logging.getLogger(__name__)
 def encode(example: Example, tokenizer: Any, config: DataConfig) -> Encoded:
     """Token ids and labels of one example. A label is the token itself, or IGNORE where it is not trained.
 
-    prompt and target: the template's text is the prompt; target and EOS are trained. Without a target nothing is.
-    messages: the chat template's text; every assistant turn is trained, with what closes it, and nothing else. A
-        dialogue that ends before an assistant's turn is there to be answered, and none of it is trained.
+    prompt and target: the template's text is the prompt; target and EOS are trained. Without a target nothing is. The
+        ids are those of the whole text where these go on from the prompt's.
+    messages: see `encode_dialogue`; of one that becomes several examples this is the last answer's.
     plain text: all is trained; the first `prompt_tokens` tokens, but never the whole text, are the prompt.
-    The sequence ends with exactly one EOS, which is trained. Nothing is ever found out by comparing with the pad id.
+    tokens: as they are.
+    The sequence ends with exactly one EOS, which is trained, and begins with at most one BOS; the text of any other
+    special token in prompt or target stays text. Nothing is ever found out by comparing with the pad id.
     `prompt_ids` is empty for a plain text that leaves nothing to start from, where the tokenizer has no BOS either.
     Raises InputError: a tokenizer without EOS; a dialogue and a tokenizer without a fitting chat template.
     """
+    return encode_turns(example, tokenizer, config)[-1]
+
+
+def encode_turns(example: Example, tokenizer: Any, config: DataConfig) -> list[Encoded]:
+    """`encode`, as all the examples that a dialogue becomes."""
     if tokenizer.eos_token_id is None:
         raise InputError("this tokenizer has no EOS token, without which no response ends; set tokenizer.eos_token")
+    if example.input_ids:
+        return [_encode_tokens(example, tokenizer)]
     if example.messages or (example.prompt and config.template == "chat"):
-        return _encode_dialogue(example, tokenizer, config)
-    if not example.prompt:
-        return _encode_text(example, tokenizer, config)
-    prompt_ids = _ids(tokenizer, prompt_text(example.prompt, config.template), special=True)
-    if not example.target:
-        return _encoded(example, prompt_ids, [IGNORE] * len(prompt_ids), prompt_ids)
-    answer = [*_ids(tokenizer, example.target), tokenizer.eos_token_id]
-    return _encoded(example, prompt_ids + answer, [IGNORE] * len(prompt_ids) + answer, prompt_ids)
+        return encode_dialogue(example, tokenizer, config)
+    return [(_encode_pair if example.prompt else _encode_text)(example, tokenizer, config)]
 
 
 def encode_all(
@@ -45,7 +50,7 @@ def encode_all(
 
     what: "training" or "evaluation", for messages.   Raises InputError where none is left.
     """
-    encoded = [encode(example, tokenizer, config) for example in examples]
+    encoded = [e for example in examples for e in _located(example, tokenizer, config)]
     fitting = [e for e in encoded if len(e.input_ids) <= config.max_length]
     kept = [e for e in fitting if e.prompt_ids]
     reasons = (
@@ -60,11 +65,36 @@ def encode_all(
     return kept
 
 
+def _located(example: Example, tokenizer: Any, config: DataConfig) -> list[Encoded]:
+    try:
+        return encode_turns(example, tokenizer, config)
+    except InputError as error:
+        raise InputError(f"{error}. The example: {example.prompt or example.target!r:.60}") from error
+
+
+def _encode_pair(example: Example, tokenizer: Any, config: DataConfig) -> Encoded:
+    target = _without_eos(tokenizer, example.target)
+    start = prompt_text(example.prompt, config.template)
+    literal = _is_literal(tokenizer, example.prompt, target)
+    if literal and (own := specials_in(tokenizer, prompt_text("", config.template))):
+        raise InputError(
+            f"a prompt or target holds the text of a special token, and data.template that of {own[0]!r}: they cannot "
+            f"be told apart; take it out of {example.prompt!r:.60}"
+        )
+    prompt_ids = opening(tokenizer, start, literal=literal)
+    if not example.target:
+        return _encoded(example, prompt_ids, [IGNORE] * len(prompt_ids), prompt_ids)
+    answer = continuation(tokenizer, prompt_ids, start, start + target, begins=True, literal=literal)
+    answer = [*answer, tokenizer.eos_token_id]
+    return _encoded(example, prompt_ids + answer, [IGNORE] * len(prompt_ids) + answer, prompt_ids)
+
+
 def _encode_text(example: Example, tokenizer: Any, config: DataConfig) -> Encoded:
-    text = example.target
-    ids = _ids(tokenizer, text, special=True)
+    text = _without_eos(tokenizer, example.target)
+    literal = _is_literal(tokenizer, text)
+    ids = opening(tokenizer, text, literal=literal)
     # What the tokenizer puts in front of a text: BOS, or nothing. Of that, and of the first token, nothing is learnt.
-    num_special = len(ids) - len(_ids(tokenizer, text))
+    num_special = max(len(ids) - len(tokens(tokenizer, text, literal=literal)), 0)
     num_ignored = max(num_special, 1)
     cut = max(num_special, min(num_special + config.prompt_tokens, len(ids) - 1))
     prompt, target = (tokenizer.decode(half, skip_special_tokens=True) for half in (ids[:cut], ids[cut:]))
@@ -73,59 +103,28 @@ def _encode_text(example: Example, tokenizer: Any, config: DataConfig) -> Encode
     return Encoded(tuple(ids_and_eos), tuple(labels), tuple(ids[:cut]), prompt, target, example.item)
 
 
-def _encode_dialogue(example: Example, tokenizer: Any, config: DataConfig) -> Encoded:
-    messages: list[Mapping[str, str]] = list(example.messages) or [{"role": "user", "content": example.prompt}]
-    if config.system is not None and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": config.system})
-    if example.target and not example.messages:
-        messages.append({"role": "assistant", "content": example.target})
-    if messages[-1]["role"] != "assistant":
-        prompt_ids = _ids(tokenizer, chat_text(tokenizer, messages, respond=True))
-        return _encoded(example, prompt_ids, [IGNORE] * len(prompt_ids), prompt_ids)
-
-    whole = chat_text(tokenizer, messages)
-    done = ""
-    ids: list[int] = []
-    labels: list[int] = []
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        start = chat_text(tokenizer, messages[:turn], respond=True)
-        # What a template writes after the token that closes a turn is white space, and not the model's to say.
-        end = chat_text(tokenizer, messages[: turn + 1]).rstrip()
-        if not (whole.startswith(start) and whole.startswith(end) and start.startswith(done) and end.startswith(start)):
-            raise InputError(
-                f"the tokenizer's chat template rewrites earlier turns, so turn {turn + 1} of a dialogue cannot be "
-                "found in it again; train on dialogues of one answer, or set another tokenizer.chat_template"
-            )
-        prompt_ids = ids + _continuation(tokenizer, ids, done, start)
-        answer = _continuation(tokenizer, prompt_ids, start, end)
-        labels += [IGNORE] * (len(prompt_ids) - len(ids)) + answer
-        ids, done = prompt_ids + answer, end
-    if ids[-1] != tokenizer.eos_token_id:
-        ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
-    return _encoded(example, ids, labels, prompt_ids)
+def _encode_tokens(example: Example, tokenizer: Any) -> Encoded:
+    """A tokenised row; a rollout starts from what stands before its first trained token."""
+    ids, labels = example.input_ids, example.labels or example.input_ids
+    if outside := [token for token in ids if not 0 <= token < len(tokenizer)]:
+        raise InputError(f"a tokenised row holds the id {outside[0]}, and the tokenizer has {len(tokenizer)} tokens")
+    first = next((i for i, label in enumerate(labels) if label != IGNORE), len(ids))
+    # Nothing predicts the first token of a row.
+    first = max(first, 1)
+    prompt, target = (tokenizer.decode(half, skip_special_tokens=True) for half in (ids[:first], ids[first:]))
+    return Encoded(ids, labels, ids[:first], example.prompt or prompt, example.target or target, example.item)
 
 
-def _continuation(tokenizer: Any, ids: list[int], text: str, longer: str) -> list[int]:
-    """The ids that lead from `text`, encoded as `ids`, to `longer`."""
-    longer_ids = _tokenized(tokenizer, longer, special=False)
-    if longer_ids[: len(ids)] == ids:
-        return longer_ids[len(ids) :]
-    # A token would reach across the boundary; a rollout, which starts there, could not say it.
-    return _tokenized(tokenizer, longer[len(text) :], special=False)
+def _without_eos(tokenizer: Any, text: str) -> str:
+    """The text without the EOS that it ends with: one is put there."""
+    return text.removesuffix(tokenizer.eos_token)
 
 
-def _ids(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
-    """Ids without a closing EOS, whether the tokenizer added it or the text had it."""
-    ids = _tokenized(tokenizer, text, special=special)
-    # A lone EOS is the BOS of a tokenizer where the two are one token (OPT).
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
-
-
-def _tokenized(tokenizer: Any, text: str, *, special: bool) -> list[int]:
-    # verbose=False: how long is too long is for `max_length` to say, not for the tokenizer's warning.
-    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+def _is_literal(tokenizer: Any, first: str, *others: str) -> bool:
+    """Whether a special token's text stands in what the user wrote, but for a BOS at its very beginning and an EOS at
+    its end, which are what they say."""
+    start = first.removeprefix(tokenizer.bos_token or "")
+    return bool(specials_in(tokenizer, _without_eos(tokenizer, start), *others))
 
 
 def _encoded(example: Example, ids: list[int], labels: list[int], prompt_ids: list[int]) -> Encoded:

@@ -20,8 +20,16 @@ def prompt_text(prompt: str, template: str) -> str:
     return (DEFAULT if template == "default" else template).replace("{prompt}", prompt)
 
 
-def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, respond: bool = False) -> str:
+def chat_text(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    respond: bool = False,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """A dialogue as the tokenizer's chat template writes it; respond: up to where the assistant's next turn starts.
+
+    tools: JSON schemas of what the assistant may call.
 
     Raises InputError where the tokenizer has no chat template, or where that refuses the dialogue.
     """
@@ -33,7 +41,9 @@ def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, respond:
             "take the model's instruct version, or set tokenizer.chat_template"
         )
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=respond)
-    except TemplateError as error:
+        return tokenizer.apply_chat_template(
+            list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=respond
+        )
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         roles = ", ".join(message["role"] for message in messages)
         raise InputError(f"the tokenizer's chat template refuses a dialogue of {roles}: {error}") from error

@@ -229,9 +229,9 @@ def test_a_template_that_refuses_the_dialogue_is_an_input_error(characters):
         encode(Example("a", "b"), tokenizer, CHAT)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(characters):
+def test_a_template_that_writes_an_answer_without_what_opened_it_is_refused(characters):
     template = "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(InputError, match="rewrites earlier turns"):
+    with pytest.raises(InputError, match="opens the assistant's turn"):
         encode(Example("c", "d", TURNS), characters(chat_template=template), CHAT)
 
 
