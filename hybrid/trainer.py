@@ -284,15 +284,16 @@ class HybridTrainer:
         """One response for each text, which goes through the data's prompt template first."""
         if isinstance(texts, str):
             raise InputError(f"generate takes a list of texts, got one: [{texts!r}] is a list of one")
+        sampling = sampling or self.config.sampling
         examples, size = [self.corpus.prompt(text) for text in texts], self.config.eval.batch_size
         answers: list[str] = []
         with self.autocast():
             for start in range(0, len(examples), size):
                 *_, responses = respond(
                     self.policy, examples[start : start + size], tokenizer=self.tokenizer,
-                    sampling=sampling or self.config.sampling, generator=self.speaker,
+                    sampling=sampling, generator=self.speaker,
                 )  # fmt: skip
-                answers += response_texts(self.tokenizer, responses)
+                answers += response_texts(self.tokenizer, responses, stop=sampling.stop)
         return answers
 
     def evaluate(self) -> Metrics:

@@ -1,5 +1,6 @@
 """The policy: one module with trunk, LM head and value head, so that one optimizer can own all three."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,7 @@ class Policy(nn.Module):
 
         merge: an adapter is merged into the weights of a copy. False: it is written alone, bit for bit, and the folder
             refers to the frozen model by name.
+        tokenizer: saved too, and its EOS written among those that plain `generate` stops at.
         Nothing is written there before all of it is complete; other files in the folder stay.
         """
         from safetensors.torch import save_file
@@ -129,6 +131,15 @@ class Policy(nn.Module):
             save_file(state, temporary / VALUE_HEAD_FILE)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
+                if merge or not is_adapted(model):
+                    self._save_stops(tokenizer, temporary)
+
+    def _save_stops(self, tokenizer: Any, folder: Path) -> None:
+        """Have plain `generate` stop where our sampler does: at the tokenizer's EOS as well as at the model's own."""
+        generation, stops = copy.copy(self.backbone.model.generation_config), self.backbone.eos_ids(tokenizer)
+        if len(stops) > 1:
+            generation.eos_token_id = stops
+            generation.save_pretrained(folder)
 
     @property
     def device(self) -> torch.device:

@@ -11,11 +11,12 @@ from torch import Tensor
 from hybrid.core import Batch, Encoded, InputError, Rollout, enough_memory
 from hybrid.data import filler_id, left_pad
 from hybrid.functional import kl_estimate, masked_sum, masked_whiten, token_reward
-from hybrid.models import Policy, Reference, before_response, response_stats
+from hybrid.models import Backbone, Policy, Reference, before_response, response_stats
 from hybrid.rewards import AllSkipped, Reward, RewardOutput
 from hybrid.rollout.gap import check_sampling_gap
 from hybrid.rollout.kl import KLKind
 from hybrid.rollout.sample import Responses, SamplingConfig, sample
+from hybrid.rollout.stop import before_stop, stop_rule
 
 __all__ = ["ScoreConfig", "assemble", "collect", "respond", "response_texts", "shaped_score"]
 
@@ -70,7 +71,7 @@ def collect(
     asked = batch.examples if isinstance(batch, Batch) else tuple(batch)
     examples = [example for example in asked for _ in range(samples_per_prompt)]
     start = time.perf_counter()
-    for backbone in (policy.backbone, *(reference.backbone for reference in references)):
+    for backbone in _backbones(policy, references):
         backbone.fit_vocabulary(tokenizer)
     with enough_memory("sampling", "Lower ppo.batch_size or sampling.max_new_tokens, or set model.precision=bfloat16"):
         prompt_ids, prompt_mask, responses = respond(
@@ -78,7 +79,7 @@ def collect(
         )
     generated = time.perf_counter()
     hints = [e.prompt_ids[len(e.prompt_ids) - e.num_hint :] for e in examples]
-    texts = response_texts(tokenizer, responses, hints)
+    texts = response_texts(tokenizer, responses, hints, stop=sampling.stop)
     prompts, targets = tuple(e.prompt for e in examples), tuple(e.target for e in examples)
     # A bare prompt comes from no row, and so has no target; a row's may be the empty text.
     given = [e.target if e.target or e.item else None for e in examples]
@@ -147,19 +148,29 @@ def respond(
         eos_ids=policy.backbone.eos_ids(tokenizer),
         pad_id=pad_id,
         generator=generator,
+        is_over=stop_rule(tokenizer, sampling.stop),
     )
     return prompt_ids, prompt_mask, responses
 
 
-def response_texts(tokenizer: Any, responses: Responses, hints: Sequence[Sequence[int]] | None = None) -> list[str]:
+def response_texts(
+    tokenizer: Any,
+    responses: Responses,
+    hints: Sequence[Sequence[int]] | None = None,
+    *,
+    stop: Sequence[str] = (),
+) -> list[str]:
     """What the rewards read: each response, behind its hint where hints are given, without padding and specials.
 
-    hints: ids, one list for each response, decoded together with it.
+    hints: ids, one list for each response, decoded together with it.   stop: a text ends before any of these.
     """
     rows = [ids[mask].tolist() for ids, mask in zip(responses.ids, responses.mask, strict=True)]
-    if hints is not None:
-        rows = [[*hint, *row] for hint, row in zip(hints, rows, strict=True)]
-    return tokenizer.batch_decode(rows, skip_special_tokens=True)
+    fronts = [[]] * len(rows) if hints is None else hints
+    texts = tokenizer.batch_decode([[*f, *row] for f, row in zip(fronts, rows, strict=True)], skip_special_tokens=True)
+    if not stop:
+        return texts
+    begins = [len(text) for text in tokenizer.batch_decode(fronts, skip_special_tokens=True)]
+    return [before_stop(text, stop, begin) for text, begin in zip(texts, begins, strict=True)]
 
 
 @torch.no_grad()
@@ -186,6 +197,8 @@ def assemble(
     policy.eval()
     input_ids = torch.cat([prompt_ids, responses.ids], 1)
     attention_mask = torch.cat([prompt_mask.bool(), responses.mask], 1)
+    for backbone in _backbones(policy, references):
+        _check_ids(input_ids, backbone)
     longest, context = int(attention_mask.sum(1).max()), policy.backbone.context_length
     if context is not None and longest > context:
         raise InputError(f"a prompt with its response has {longest} tokens, the model's context is {context}")
@@ -217,6 +230,20 @@ def assemble(
         sampling_logprob=responses.logprob,
         **stats,
     )
+
+
+def _backbones(policy: Policy, references: Sequence[Reference]) -> list[Backbone]:
+    return [policy.backbone, *(reference.backbone for reference in references)]
+
+
+def _check_ids(input_ids: Tensor, backbone: Backbone) -> None:
+    lowest, highest = (int(x) for x in input_ids.aminmax())
+    rows = len(backbone.model.get_input_embeddings().weight)
+    if lowest < 0 or highest >= rows:
+        raise InputError(
+            f"a prompt or response holds the id {lowest if lowest < 0 else highest}, and "
+            f"{type(backbone.model).__name__} has embeddings for ids from 0 to {rows - 1}"
+        )
 
 
 def prompt_groups(prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:

@@ -59,7 +59,12 @@ def from_lists(
 
 def _numbers(name: str, rows: Sequence[Any] | Tensor) -> list[Tensor]:
     """Each row as a float32 tensor, all of them finite."""
-    tensors = [torch.as_tensor(row, dtype=torch.float32).detach().cpu() for row in rows]
+    tensors = []
+    for i, row in enumerate(rows):
+        try:
+            tensors.append(torch.as_tensor(row, dtype=torch.float32).detach().cpu())
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{name}[{i}] must be a number or a tensor of them, got {row!r:.60}") from error
     for i, row in enumerate(tensors):
         if not row.isfinite().all():
             raise InputError(f"{name}[{i}] must be finite, got {row.tolist()}")

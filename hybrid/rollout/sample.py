@@ -1,6 +1,6 @@
 """Batched sampling from a policy."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ class SamplingConfig:
     temperature: float = 1.0  # 0: the likeliest token (for generate; PPO needs > 0)
     top_k: int = 0  # draw from the k likeliest tokens; 0: all
     top_p: float = 1.0  # draw from the smallest set of tokens with this much probability; 1: all
+    stop: tuple[str, ...] = ()  # texts that end a response, as EOS does; rewards read what stands before them
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -39,6 +40,9 @@ class SamplingConfig:
             raise ValueError(f"SamplingConfig.temperature must be >= 0, got {self.temperature}")
         if self.top_k < 0:
             raise ValueError(f"SamplingConfig.top_k must be >= 0, got {self.top_k}")
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"SamplingConfig.stop must be a list of texts that are not empty, got {self.stop!r}")
+        object.__setattr__(self, "stop", tuple(self.stop))
         if not 0 < self.top_p <= 1:
             raise ValueError(f"SamplingConfig.top_p must lie in (0, 1], got {self.top_p}")
 
@@ -59,8 +63,9 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class Responses:
-    """ids: (B, T) int64, right-padded.   mask: (B, T) bool, up to and including the first EOS.
-    ended: (B,) bool, whether that EOS came.
+    """ids: (B, T) int64, right-padded.   mask: (B, T) bool, up to and including the first EOS, or the token that
+        completes a stop string.
+    ended: (B,) bool, whether one of these came.
     logprob: (B, T) float32, of each token under the very distribution it was drawn from, 0 outside the mask; None
         where that is not known."""
 
@@ -85,6 +90,7 @@ def sample(
     eos_ids: Sequence[int],
     pad_id: int = 0,
     generator: torch.Generator | None = None,
+    is_over: Callable[[Sequence[int]], bool] | None = None,
 ) -> Responses:
     """Draw one response for each prompt.
 
@@ -92,6 +98,7 @@ def sample(
     pad_id: what fills the rows that have ended; it may be a real token or EOS itself, for the mask is kept
         by what happened, never by comparing ids with it.
     generator: on the backbone's device; None draws from torch's global one.
+    is_over: whether a response ends with the last of its ids so far (`stop_rule`), beside those that EOS ends.
     The caller switches dropout off (`policy.eval()`).
     Raises RunStopped where the logits are not finite.
     """
@@ -116,6 +123,10 @@ def sample(
         masks.append(running)
         logprobs.append(torch.where(running, logprob, 0.0))
         running = running & ~torch.isin(token, eos)
+        if is_over is not None:
+            so_far = torch.stack(ids, 1).tolist()
+            over = [going and is_over(row) for going, row in zip(running.tolist(), so_far, strict=True)]
+            running = running & ~torch.tensor(over, device=running.device)
         if not running.any():
             break
         # A row that has ended goes on as attended padding: nothing reads what it computes.

@@ -88,3 +88,12 @@ def test_a_reference_may_live_in_another_dtype(policy, tokens):
 def test_a_negative_reference_weight_is_refused(policy):
     with pytest.raises(InputError, match="weight"):
         Reference.from_policy(policy, weight=-1.0)
+
+
+def test_a_saved_model_stops_at_the_tokenizers_eos_and_at_its_own(policy, tokenizer, tmp_path):
+    from transformers import GenerationConfig
+
+    policy.backbone.model.generation_config.eos_token_id = 50  # ChatML on a base model: two that end a turn
+    policy.save_pretrained(tmp_path, tokenizer=tokenizer)
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [tokenizer.eos_token_id, 50]
+    assert policy.backbone.model.generation_config.eos_token_id == 50

@@ -87,3 +87,15 @@ def test_a_frozen_model_is_refused(tokenizer):
 def test_float16_weights_are_refused(tokenizer):
     with pytest.raises(ValueError, match=r"float16 weights cannot be trained.*model\.precision=float16"):
         HybridTrainer(tiny_model("llama").half(), tokenizer, ROWS)
+
+
+@pytest.mark.parametrize("token", [600, -1])
+def test_an_id_outside_the_vocabulary_is_refused(tokenizer, token):
+    with pytest.raises(ValueError, match=rf"holds the id {token}, and LlamaForCausalLM has embeddings for ids"):
+        trainer(tokenizer).step([[5, 6]], [[7, token]], [1.0])
+
+
+@pytest.mark.parametrize("score", [None, "high", [None]])
+def test_a_score_that_is_no_number_is_refused(tokenizer, score):
+    with pytest.raises(ValueError, match=r"scores\[0\] must be a number"):
+        trainer(tokenizer).step([[5, 6]], [[7, 8]], [score])
