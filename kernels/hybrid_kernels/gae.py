@@ -38,11 +38,12 @@ def _compose(later_decay, later_gain, decay, gain):
     return later_decay * decay, later_gain * decay + gain
 
 
-# No size and no stride is specialized, so one variant serves every shape.
+# No size, no stride and no input's alignment (a slice may begin anywhere) is specialized: one variant serves all.
 SIZES = ["reward_row", "reward_col", "value_row", "value_col", "mask_row", "mask_col", "length"]
+INPUTS = ["reward_ptr", "value_ptr", "mask_ptr"]
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=INPUTS)
 def gae_kernel(
     reward_ptr,
     value_ptr,
