@@ -1,7 +1,11 @@
 """From a config to the parts of a trainer; everything that can be refused is refused before a model is loaded."""
 
+import hashlib
+import json
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +68,22 @@ class Corpus:
     config: DataConfig
     prompt_template: str  # how a bare prompt is encoded: as the training data's prompts are
 
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """Of each part its number of examples and the hash of their tokens and texts, in order."""
+        return {part: _fingerprint(getattr(self, part)) for part in ("train", "eval", "ptx")}
+
+    def check_fingerprint(self, other: Mapping[str, str] | None) -> None:
+        """Refuse (InputError) to go on from a state that was saved with other data. None: with data not known."""
+        if other is None or not self.train:
+            return
+        for part, found in self.fingerprint.items():
+            if found != other[part]:
+                raise InputError(
+                    f"the {part} data are not those that the run was saved with ({other[part]}; now {found}): put them "
+                    "back as they were, or start a new run from its weights with model.name=CHECKPOINT/model"
+                )
+
     def prompt(self, text: str) -> Encoded:
         """A bare prompt, ready to be answered."""
         example = Example(prompt=text)
@@ -95,6 +115,15 @@ class Corpus:
         if isinstance(rows, Batch):
             return rows
         return collate(self.encoded(rows), pad_id=filler_id(self.tokenizer))
+
+
+def _fingerprint(examples: Sequence[Encoded]) -> str:
+    digest = hashlib.sha256()
+    for e in examples:
+        for ids in (e.input_ids, e.labels, e.prompt_ids):
+            digest.update(array("q", (len(ids), *ids)).tobytes())
+        digest.update(json.dumps([e.prompt, e.target]).encode("ascii"))
+    return f"{len(examples)} examples, {digest.hexdigest()[:16]}"
 
 
 class Loaders(NamedTuple):
@@ -134,9 +163,15 @@ def random_streams(seed: int, device: torch.device) -> tuple[torch.Generator, to
 
 
 def resolved(
-    config: HybridConfig, policy: Any, train_data: Any, eval_data: Any, reward: Any, ptx_data: Any
+    config: HybridConfig | None, policy: Any, train_data: Any, eval_data: Any, reward: Any, ptx_data: Any
 ) -> HybridConfig:
     """The config with what was given in code put in, so that a run's config.yaml says all that can be written."""
+    config = HybridConfig() if config is None else config
+    if not isinstance(config, HybridConfig):
+        raise InputError(
+            f"config must be a HybridConfig, got {type(config).__name__}: HybridConfig.from_dict({{...}}) takes a "
+            "mapping, HybridConfig.from_file(...) a file"
+        )
     check_trackers(config.run.trackers, config.run.output)
     ptx = config.ptx_data
     if _is_file_name(ptx_data):
