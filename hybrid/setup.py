@@ -1,11 +1,7 @@
 """From a config to the parts of a trainer; everything that can be refused is refused before a model is loaded."""
 
-import hashlib
-import json
-from array import array
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,19 +9,9 @@ import torch
 from torch import nn
 
 from hybrid.config import HybridConfig, ModelConfig, ReferenceConfig
-from hybrid.core import Batch, Encoded, Example, InputError, first_line
-from hybrid.data import (
-    DataConfig,
-    Loader,
-    collate,
-    encode,
-    encode_all,
-    encode_turns,
-    examples_from,
-    filler_id,
-    read_examples,
-    split_examples,
-)
+from hybrid.core import Encoded, Example, InputError, first_line
+from hybrid.corpus import Corpus
+from hybrid.data import DataConfig, Loader, filler_id, read_examples, split_examples
 from hybrid.mixing import make_strategy
 from hybrid.models import (
     Policy,
@@ -39,13 +25,11 @@ from hybrid.models import (
 from hybrid.run import check_trackers
 
 __all__ = [
-    "Corpus",
     "Loaders",
     "ReferenceLike",
     "build_loaders",
     "build_models",
     "build_policy",
-    "encoded_corpus",
     "load_tokenizer",
     "model_context",
     "random_streams",
@@ -55,75 +39,6 @@ __all__ = [
 
 
 ReferenceLike = Reference | Policy | str | Path
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """The run's examples, encoded, and how anything else the user brings becomes one."""
-
-    train: list[Encoded]
-    eval: list[Encoded]
-    ptx: list[Encoded]  # the second data set
-    tokenizer: Any
-    config: DataConfig
-    prompt_template: str  # how a bare prompt is encoded: as the training data's prompts are
-
-    @cached_property
-    def fingerprint(self) -> dict[str, str]:
-        """Of each part its number of examples and the hash of their tokens and texts, in order."""
-        return {part: _fingerprint(getattr(self, part)) for part in ("train", "eval", "ptx")}
-
-    def check_fingerprint(self, other: Mapping[str, str] | None) -> None:
-        """Refuse (InputError) to go on from a state that was saved with other data. None: with data not known."""
-        if other is None or not self.train:
-            return
-        for part, found in self.fingerprint.items():
-            if found != other[part]:
-                raise InputError(
-                    f"the {part} data are not those that the run was saved with ({other[part]}; now {found}): put them "
-                    "back as they were, or start a new run from its weights with model.name=CHECKPOINT/model"
-                )
-
-    def prompt(self, text: str) -> Encoded:
-        """A bare prompt, ready to be answered."""
-        example = Example(prompt=text)
-        return encode(example, self.tokenizer, replace(self.config, template=self.prompt_template))
-
-    def encoded(self, rows: Batch | Iterable[Any]) -> list[Encoded]:
-        """The examples of a batch, or of encoded examples, prompts, or rows as in the training data.
-
-        Rows may also come as one mapping of columns, as a torch DataLoader over a data set yields them.
-        """
-        if isinstance(rows, Batch):
-            return list(rows.examples)
-        if isinstance(rows, str):
-            raise InputError(f"expected a list of prompts or rows, got one text: [{rows!r}] is a list of one")
-        if isinstance(rows, Mapping):
-            if not all(isinstance(column, (list, tuple)) for column in rows.values()):
-                raise InputError("expected a list of rows, or a mapping of columns to lists, got one row")
-            rows = [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
-        rows = list(rows)
-        if all(isinstance(row, Encoded) for row in rows):
-            return rows
-        if all(isinstance(row, str) for row in rows):
-            return [self.prompt(row) for row in rows]
-        examples = examples_from(rows, self.config)
-        return [e for example in examples for e in encode_turns(example, self.tokenizer, self.config)]
-
-    def batch(self, rows: Batch | Iterable[Any]) -> Batch:
-        """A batch to train on."""
-        if isinstance(rows, Batch):
-            return rows
-        return collate(self.encoded(rows), pad_id=filler_id(self.tokenizer))
-
-
-def _fingerprint(examples: Sequence[Encoded]) -> str:
-    digest = hashlib.sha256()
-    for e in examples:
-        for ids in (e.input_ids, e.labels, e.prompt_ids):
-            digest.update(array("q", (len(ids), *ids)).tobytes())
-        digest.update(json.dumps([e.prompt, e.target]).encode("ascii"))
-    return f"{len(examples)} examples, {digest.hexdigest()[:16]}"
 
 
 class Loaders(NamedTuple):
@@ -172,6 +87,9 @@ def resolved(
             f"config must be a HybridConfig, got {type(config).__name__}: HybridConfig.from_dict({{...}}) takes a "
             "mapping, HybridConfig.from_file(...) a file"
         )
+    is_model = isinstance(policy, Policy) or (isinstance(policy, nn.Module) and hasattr(policy, "config"))
+    if not (policy is None or isinstance(policy, (str, Path)) or is_model):
+        raise InputError(f"the policy must be a Policy, a transformers model or a model's name, got {policy!r:.60}")
     check_trackers(config.run.trackers, config.run.output)
     ptx = config.ptx_data
     if _is_file_name(ptx_data):
@@ -206,10 +124,19 @@ def _name_of(policy: nn.Module) -> str:
     return getattr(policy.backbone.model if isinstance(policy, Policy) else policy, "name_or_path", "")
 
 
-def load_tokenizer(policy: nn.Module | str | Path) -> Any:
-    """The tokenizer of a model's folder or hub name, or of the model that the policy was loaded from."""
+def load_tokenizer(policy: nn.Module | str | Path, given: Any = None) -> Any:
+    """The tokenizer of a model's folder or hub name, or of the model that the policy was loaded from.
+
+    given: the tokenizer itself, or the name that it is loaded by, where it is another.
+    """
     from transformers import AutoTokenizer
 
+    if isinstance(given, (str, Path)):
+        policy = given
+    elif given is not None:
+        if not callable(given) or not hasattr(given, "eos_token_id"):
+            raise InputError(f"the tokenizer must be a transformers tokenizer or a model's name, got {given!r:.60}")
+        return given
     name = _name_of(policy) if isinstance(policy, nn.Module) else str(policy)
     if not name:
         raise InputError("HybridTrainer needs a tokenizer: this policy was not loaded from a folder that has one")
@@ -253,43 +180,6 @@ def read_examples_of(
         return train, held_out, ptx
     train, held_out = split_examples(train, data.eval_fraction, seed=seed) if train else ([], [])
     return train, held_out, ptx
-
-
-def encoded_corpus(
-    config: HybridConfig,
-    tokenizer: Any,
-    train: Sequence[Example],
-    held_out: Sequence[Example],
-    ptx: Sequence[Example] = (),
-    *,
-    context: int | None,
-) -> Corpus:
-    """The examples as tokens. Raises InputError where a prompt leaves no room to answer in the model's context."""
-    data = config.data
-    corpus = Corpus(
-        train=encode_all(train, tokenizer, data, what="training") if train else [],
-        eval=encode_all(held_out, tokenizer, data, what="evaluation") if held_out else [],
-        ptx=encode_all(ptx, tokenizer, config.ptx_data, what="ptx") if ptx else [],
-        tokenizer=tokenizer,
-        config=data,
-        prompt_template=_prompt_template([*train, *held_out], data),
-    )
-    for example in [*corpus.train, *corpus.eval]:
-        config.sampling.check_room(len(example.prompt_ids), context, prompt=example.prompt)
-    for example in [*corpus.train, *corpus.eval, *corpus.ptx]:
-        if context is not None and len(example.input_ids) > context:
-            raise InputError(
-                f"an example of {len(example.input_ids)} tokens is longer than the model's context of {context}; "
-                f"set data.max_length to {context} or less. The example: {example.prompt[:60]!r}"
-            )
-    return corpus
-
-
-def _prompt_template(examples: Sequence[Example], config: DataConfig) -> str:
-    """Dialogues go through the chat template, and plain text is continued as it is, whatever the config says."""
-    if examples and examples[0].messages:
-        return "chat"
-    return "none" if examples and not examples[0].prompt else config.template
 
 
 def build_models(

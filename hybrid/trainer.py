@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hybrid.config import HybridConfig
 from hybrid.core import Batch, Encoded, InputError, Rollout
+from hybrid.corpus import encoded_corpus
 from hybrid.data import Loader
 from hybrid.evaluate import evaluate_responses, evaluate_sft
 from hybrid.loop import Progress, run
@@ -40,7 +41,6 @@ from hybrid.setup import (
     ReferenceLike,
     build_loaders,
     build_models,
-    encoded_corpus,
     load_tokenizer,
     model_context,
     random_streams,
@@ -79,7 +79,7 @@ class HybridTrainer:
             trainer.ppo_step(rollout)
 
     policy_or_name: a `Policy`, a transformers model, or a model's folder or hub name; the config's where None.
-    tokenizer: the model's own where None.
+    tokenizer: the model's own where None; or a model's name.
     train_data, eval_data, ptx_data: a file, a hub name, a datasets.Dataset or a list of dicts; the config's where
         None. ptx_data is the second data set, which strategy `ptx` trains on.
     reward: a spec, a function or a `Reward`; the config's where None.
@@ -110,7 +110,7 @@ class HybridTrainer:
         self.folder = None if config.run.output is None else open_run_folder(config.run.output)
         examples = read_examples_of(config, train_data, eval_data, ptx_data, self.reward)
         context = model_context(source)
-        self.tokenizer = load_tokenizer(source) if tokenizer is None else tokenizer
+        self.tokenizer = load_tokenizer(source, tokenizer)
         self.corpus = encoded_corpus(config, self.tokenizer, *examples, context=context)
         # A bare prompt goes through the template that the data's prompts went through, in later commands too.
         self.config = replace(config, data=replace(config.data, template=self.corpus.prompt_template))
@@ -288,8 +288,8 @@ class HybridTrainer:
 
     def generate(self, texts: Sequence[str], sampling: SamplingConfig | None = None) -> list[str]:
         """One response for each text, which goes through the data's prompt template first."""
-        if isinstance(texts, str):
-            raise InputError(f"generate takes a list of texts, got one: [{texts!r}] is a list of one")
+        if isinstance(texts, str) or not isinstance(texts, Iterable):
+            raise InputError(f"generate takes a list of texts, got {texts!r:.60}; [text] is a list of one")
         sampling = sampling or self.config.sampling
         examples, size = [self.corpus.prompt(text) for text in texts], self.config.eval.batch_size
         answers: list[str] = []

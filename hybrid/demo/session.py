@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid.config import HybridConfig
+from hybrid.core import check_seed
 from hybrid.data import read_rows
 from hybrid.demo.corpus import reviews
 from hybrid.demo.model import demo_model, demo_tokenizer
@@ -56,6 +57,7 @@ def run_demo(*, output: str | None = None, seed: int = 0, model: str | None = No
 
     model: None for the built-in one, "smollm2", or a model's folder.
     """
+    check_seed("--seed", seed)
     folder = open_run_folder(output or _free_folder("runs/demo"), beside=("data", "base"))
     data = _write_reviews(folder / "data", seed)
     if model is None:

@@ -91,7 +91,9 @@ def finished_step(folder: Path) -> int | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, LookupError) as error:
-        raise InputError(f"{str(folder / FINISHED)!r} is broken ({error}); delete it where the run is to go on") from error
+        raise InputError(
+            f"{str(folder / FINISHED)!r} is broken ({error}); delete it where the run is to go on"
+        ) from error
 
 
 def check_unlocked(folder: Path) -> None:
