@@ -17,8 +17,10 @@ from hybrid.models import (
     Policy,
     Reference,
     add_lora,
+    check_base,
     check_packing,
     context_length,
+    is_adapted,
     recompute_activations,
     under_adapter,
 )
@@ -190,12 +192,14 @@ def build_models(
 ) -> tuple[Policy, list[Reference]]:
     """The policy and its references, none of which says what the tokenizer has no token for.
 
-    Raises InputError where the whole model is frozen, where packing is asked of one that cannot keep examples apart,
+    Raises InputError where the whole model is frozen, where an adapter could not be saved alone, where packing is asked of one that cannot keep examples apart,
     and where the tokenizer has ids that a model has not.
     """
     made = build_policy(policy, config.model)
     if not any(parameter.requires_grad for parameter in made.backbone.parameters()):
         raise InputError("every weight of the model is frozen (requires_grad is False); set model.lora, or unfreeze it")
+    if config.run.output is not None and is_adapted(made.backbone.model):
+        check_base(made.backbone.model)
     if config.sft.packing:
         check_packing(made.backbone, config.data.max_length)
     references = build_references(reference, config.references, made)
