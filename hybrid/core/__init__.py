@@ -2,6 +2,7 @@
 
 from hybrid.core.build import build, fits, parameters_of
 from hybrid.core.errors import InputError, RunStopped, enough_memory, first_line, is_out_of_memory, unknown_name
+from hybrid.core.json_text import parse_json
 from hybrid.core.registry import Registry, load_object
 from hybrid.core.types import IGNORE, Batch, Encoded, Example, Rollout
 from hybrid.core.yaml_text import parse_yaml
@@ -22,6 +23,7 @@ __all__ = [
     "is_out_of_memory",
     "load_object",
     "parameters_of",
+    "parse_json",
     "parse_yaml",
     "unknown_name",
 ]

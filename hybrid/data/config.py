@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 __all__ = ["DataConfig", "Format"]
 
-Format = Literal["auto", "json", "jsonl", "csv", "text", "hf"]
+Format = Literal["auto", "json", "jsonl", "csv", "text", "parquet", "arrow", "hf"]
 
 
 @dataclass(frozen=True)
