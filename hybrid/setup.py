@@ -12,14 +12,17 @@ from hybrid.config import HybridConfig, ModelConfig, ReferenceConfig
 from hybrid.core import Batch, Encoded, Example, InputError, first_line
 from hybrid.data import (
     DataConfig,
+    ExampleSet,
     Loader,
     collate,
+    data_line,
     encode,
     encode_all,
     encode_turns,
     examples_from,
     filler_id,
-    read_examples,
+    read_example_set,
+    read_training_sets,
     split_examples,
 )
 from hybrid.mixing import make_strategy
@@ -63,6 +66,7 @@ class Corpus:
     tokenizer: Any
     config: DataConfig
     prompt_template: str  # how a bare prompt is encoded: as the training data's prompts are
+    lines: tuple[str, ...] = ()  # for the user, before training: what was taken from which data
 
     def prompt(self, text: str) -> Encoded:
         """A bare prompt, ready to be answered."""
@@ -106,10 +110,12 @@ class Loaders(NamedTuple):
 
 
 def build_loaders(config: HybridConfig, corpus: Corpus) -> Loaders:
-    """The run's loaders. Raises InputError without data."""
+    """The run's loaders; prints what its data are. Raises InputError without data."""
     examples = corpus.train
     if not examples:
         raise InputError("training needs data: give HybridTrainer(train_data=...) or the config's data.train")
+    for line in corpus.lines:
+        print(line, flush=True)
     seed, pad_id = config.run.seed, filler_id(corpus.tokenizer)
 
     def supervised(examples: list[Encoded], data: DataConfig, seed: int) -> Loader:
@@ -198,46 +204,57 @@ def model_context(policy: nn.Module | str | Path) -> int | None:
 
 def read_examples_of(
     config: HybridConfig, train_data: Any = None, eval_data: Any = None, ptx_data: Any = None, reward: Any = None
-) -> tuple[list[Example], list[Example], list[Example]]:
+) -> tuple[ExampleSet, ExampleSet, ExampleSet]:
     """(training, held-out, second) examples of a run, from what is given or the config names; none at all is fine.
 
+    Training data with splits bring their held-out data along, where neither eval data nor data.eval_fraction is given.
     Raises InputError where the reward cannot score them.
     """
     data, seed = config.data, config.run.seed
     train_data = data.train if train_data is None else train_data
     eval_data = data.eval if eval_data is None else eval_data
     ptx_data = config.ptx_data.train if ptx_data is None else ptx_data
-    train = [] if train_data is None else read_examples(train_data, data, seed=seed)
-    held_out = [] if eval_data is None else read_examples(eval_data, data, seed=seed)
-    ptx = [] if ptx_data is None else read_examples(ptx_data, config.ptx_data, seed=seed)
+    train = held_out = ptx = ExampleSet([], "")
+    if train_data is not None:
+        hold_out = eval_data is None and not data.eval_fraction
+        train, held_out = read_training_sets(train_data, data, seed=seed, hold_out=hold_out)
+    if eval_data is not None:
+        held_out = read_example_set(eval_data, data, seed=seed)
+    if ptx_data is not None:
+        ptx, _ = read_training_sets(ptx_data, config.ptx_data, seed=seed, hold_out=False)
     if reward is not None:
-        for what, examples in (("training examples", train), ("held-out examples", held_out)):
+        for what, examples in (("training examples", train.examples), ("held-out examples", held_out.examples)):
             targets, items = [e.target for e in examples], [e.item for e in examples]
             reward.check_data(targets, items, what=what, hint="name its column with data.target")
-    if eval_data is not None:
-        return train, held_out, ptx
-    train, held_out = split_examples(train, data.eval_fraction, seed=seed) if train else ([], [])
+    if eval_data is None and data.eval_fraction and train.examples:
+        left, taken = split_examples(train.examples, data.eval_fraction, seed=seed)
+        train = replace(train, examples=left)
+        held_out = ExampleSet(taken, f" (data.eval_fraction = {data.eval_fraction} of the same)")
     return train, held_out, ptx
 
 
 def encoded_corpus(
     config: HybridConfig,
     tokenizer: Any,
-    train: Sequence[Example],
-    held_out: Sequence[Example],
-    ptx: Sequence[Example] = (),
+    train: ExampleSet,
+    held_out: ExampleSet,
+    ptx: ExampleSet,
     *,
     context: int | None,
 ) -> Corpus:
     """The examples as tokens. Raises InputError where a prompt leaves no room to answer in the model's context."""
     data = config.data
+    sets = (("training", train, data), ("evaluation", held_out, data), ("ptx", ptx, config.ptx_data))
+    encoded = [encode_all(each.examples, tokenizer, of, what=what) if each.examples else [] for what, each, of in sets]
+    lines = [data_line(len(e), what, each.said) for e, (what, each, _) in zip(encoded, sets, strict=True) if e]
     corpus = Corpus(
-        train=encode_all(train, tokenizer, data, what="training") if train else [],
-        eval=encode_all(held_out, tokenizer, data, what="evaluation") if held_out else [],
-        ptx=encode_all(ptx, tokenizer, config.ptx_data, what="ptx") if ptx else [],
+        train=encoded[0],
+        eval=encoded[1],
+        ptx=encoded[2],
         tokenizer=tokenizer,
         config=data,
-        prompt_template=_prompt_template([*train, *held_out], data),
+        prompt_template=_prompt_template([*train.examples, *held_out.examples], data),
+        lines=tuple(lines),
     )
     for example in [*corpus.train, *corpus.eval]:
         config.sampling.check_room(len(example.prompt_ids), context, prompt=example.prompt)
