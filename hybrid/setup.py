@@ -22,6 +22,7 @@ from hybrid.data import (
     examples_from,
     filler_id,
     read_example_set,
+    read_rows,
     read_training_sets,
     split_examples,
 )
@@ -76,22 +77,20 @@ class Corpus:
     def encoded(self, rows: Batch | Iterable[Any]) -> list[Encoded]:
         """The examples of a batch, or of encoded examples, prompts, or rows as in the training data.
 
-        Rows may also come as one mapping of columns, as a torch DataLoader over a data set yields them.
+        Rows may also come as a frame or a mapping of columns, as a torch DataLoader over a data set yields them.
         """
         if isinstance(rows, Batch):
             return list(rows.examples)
         if isinstance(rows, str):
             raise InputError(f"expected a list of prompts or rows, got one text: [{rows!r}] is a list of one")
-        if isinstance(rows, Mapping):
-            if not all(isinstance(column, (list, tuple)) for column in rows.values()):
-                raise InputError("expected a list of rows, or a mapping of columns to lists, got one row")
-            rows = [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
-        rows = list(rows)
-        if all(isinstance(row, Encoded) for row in rows):
-            return rows
-        if all(isinstance(row, str) for row in rows):
-            return [self.prompt(row) for row in rows]
-        examples = examples_from(rows, self.config)
+        # A frame would give the names of its columns.
+        is_table = isinstance(rows, Mapping) or hasattr(rows, "__arrow_c_stream__")
+        given: list[Any] = [*(read_rows(rows) if is_table else rows)]
+        if all(isinstance(row, Encoded) for row in given):
+            return given
+        if all(isinstance(row, str) for row in given):
+            return [self.prompt(row) for row in given]
+        examples = examples_from(given, self.config)
         return [e for example in examples for e in encode_turns(example, self.tokenizer, self.config)]
 
     def batch(self, rows: Batch | Iterable[Any]) -> Batch:

@@ -7,34 +7,35 @@ from typing import Any
 
 from hybrid.core import InputError
 
-__all__ = ["cell", "check_unicode", "text_of"]
+__all__ = ["cell", "check_unicode", "is_missing", "text_of"]
 
 
 def cell(row: Mapping[str, Any], column: str, where: str, way_out: str) -> Any:
-    """The row's value in a column. Raises InputError where it has none (or null), with the way out."""
+    """The row's value in a column. Raises InputError where there is none, with the way out."""
     if column not in row:
         raise InputError(f"{where} has no {column!r}, which the data is read by; {way_out}")
-    if row[column] is None:
-        raise InputError(f"{where}: column {column!r} is null; {way_out}")
+    if is_missing(row[column]):
+        shown = "null" if row[column] is None else row[column]
+        raise InputError(f"{where}: column {column!r} is {shown}, a missing value; {way_out}")
     return row[column]
 
 
+def is_missing(value: Any) -> bool:
+    """Whether a value says that there is none: None, and what pandas puts there (nan, NA, NaT)."""
+    is_nan = isinstance(value, Real) and value != value
+    return value is None or is_nan or type(value).__name__ in ("NAType", "NaTType")
+
+
 def text_of(value: Any, column: str, where: str, way_out: str) -> str:
-    """The text that a value is; a number is what it prints as. Raises InputError for any other, also true and nan."""
-    # numpy's true is no bool.
-    if isinstance(value, bool) or type(value).__name__ == "bool":
-        raise InputError(f"{where}: column {column!r} must hold text, got {str(bool(value)).lower()}; {way_out}")
+    """The text that a value is; a number is what it prints as. Raises InputError for any other, also true and inf."""
     if isinstance(value, str):
         check_unicode(value, f"{where}: column {column!r}")
         return value
-    # Not only floats: numpy's numbers are none.
-    if not isinstance(value, Real):
-        # pandas' marks of a missing value.
-        missing = type(value).__name__ in ("NAType", "NaTType")
-        got = "a missing value" if missing else type(value).__name__
+    # numpy's numbers are no floats, and its true is no bool.
+    is_truth = isinstance(value, bool) or type(value).__name__ == "bool"
+    if is_truth or not isinstance(value, Real) or not math.isfinite(value):
+        got = str(value).lower() if is_truth or isinstance(value, Real) else type(value).__name__
         raise InputError(f"{where}: column {column!r} must hold text, got {got}; {way_out}")
-    if not math.isfinite(value):
-        raise InputError(f"{where}: column {column!r} is {value}, which is no text; {way_out}")
     return str(value)
 
 

@@ -4,8 +4,8 @@ In a table every row has every column, and every struct every key: what a row la
 struct (a message without tool_calls) is a key that is not there; a null in a column stays, as None.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from hybrid.core import InputError, first_line
@@ -13,39 +13,34 @@ from hybrid.core import InputError, first_line
 __all__ = ["arrow_rows", "dataset_rows", "frame_rows", "parquet_rows", "plain", "table_rows"]
 
 
-def parquet_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a Parquet file."""
-    # Not read_table, which takes a folder's name such as year=2020 for a column.
+def parquet_rows(content: bytes, name: str) -> list[dict[str, Any]]:
+    """The rows of a Parquet file, by its bytes."""
+    import pyarrow
     from pyarrow.parquet import ParquetFile
 
-    return _file_rows(path, "a Parquet file", lambda: ParquetFile(path).read())
+    with _readable(name, "a Parquet file"):
+        return table_rows(ParquetFile(pyarrow.BufferReader(content)).read(), name)
 
 
-def arrow_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of an Arrow file or stream, or of a Feather file."""
-    return _file_rows(path, "an Arrow or Feather file", lambda: _arrow_table(path))
-
-
-def _arrow_table(path: Path) -> Any:
+def arrow_rows(content: bytes, name: str) -> list[dict[str, Any]]:
+    """The rows of an Arrow file or stream, or of a Feather file, by its bytes."""
     import pyarrow
     from pyarrow import feather, ipc
 
-    try:
-        return feather.read_table(path)
-    except pyarrow.ArrowInvalid:
-        with pyarrow.OSFile(str(path)) as file:
-            return ipc.open_stream(file).read_all()
+    is_file = content.startswith((b"ARROW1", b"FEA1"))
+    with _readable(name, "an Arrow or Feather file"):
+        buffer = pyarrow.BufferReader(content)
+        return table_rows(feather.read_table(buffer) if is_file else ipc.open_stream(buffer).read_all(), name)
 
 
-def _file_rows(path: Path, what: str, read: Callable[[], Any]) -> list[dict[str, Any]]:
+@contextmanager
+def _readable(name: str, what: str) -> Iterator[None]:
     import pyarrow
 
-    if not path.stat().st_size:
-        return []
     try:
-        return table_rows(read(), str(path))
+        yield
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path} cannot be read as {what}: {first_line(error)}") from error
+        raise InputError(f"{name} cannot be read as {what}: {first_line(error)}") from error
 
 
 def table_rows(table: Any, name: str) -> list[dict[str, Any]]:

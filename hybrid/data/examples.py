@@ -8,7 +8,7 @@ from typing import Any
 
 from hybrid.core import Example, InputError, first_line, load_object
 from hybrid.data.config import DataConfig
-from hybrid.data.layouts import columns_of, layout_of
+from hybrid.data.layouts import columns_of, layout_of, listed
 from hybrid.data.read import HELD_OUT, Part, read_parts, splits_of
 
 __all__ = [
@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 # A row, and its place in messages.
 Placed = tuple[str, Mapping[str, Any]]
-NUM_NAMED = 12  # unused columns that the line names
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,8 @@ def read_example_set(source: Any, config: DataConfig, *, seed: int = 0, name: st
     num_blank = len(mapped) - len(examples)
     if num_blank:
         notes.append(f"left out {num_blank:,} blank {'row' if num_blank == 1 else 'rows'}")
+    if num_prompts := sum(not _has_target(example) for example in examples):
+        notes.append(f"{num_prompts:,} without a target, for rollouts only")
     if config.shuffle:
         random.Random(seed).shuffle(examples)
     if config.limit is not None and config.limit < len(examples):
@@ -165,9 +166,12 @@ def _mapped(placed: Sequence[Placed], config: DataConfig, name: str) -> tuple[li
     layout = layout_of(rows, config, name)
     examples = [layout.example(row, place) for place, row in placed]
     unused = [column for column in columns_of(rows) if column not in (*layout.needs, *layout.takes)]
-    more = f" and {len(unused) - NUM_NAMED} more" if len(unused) > NUM_NAMED else ""
-    named = ", ".join(unused[:NUM_NAMED])
-    return examples, layout.says() + (f"; unused columns: {named}{more}" if unused else "")
+    return examples, layout.says() + (f"; unused columns: {listed(unused)}" if unused else "")
+
+
+def _has_target(example: Example) -> bool:
+    answers = example.messages[example.num_prompt_messages :]
+    return bool(example.target or example.input_ids) or any(m["role"] == "assistant" for m in answers)
 
 
 def _title(parts: Sequence[Part]) -> str:

@@ -73,9 +73,10 @@ def file_rows(path: Path, format: Format) -> list[Row]:
             f"{path}: its suffix does not tell the format; known: {' '.join(FORMAT_OF_SUFFIX)}, text also with "
             f"{' '.join(DECOMPRESS)} behind it; or set data.format to json, jsonl, csv, text, parquet or arrow"
         )
+    content = _content(path)
     if kind in COLUMNAR:
-        return COLUMNAR[kind](path)
-    return PARSERS[kind](_text(path), path)
+        return COLUMNAR[kind](content, str(path)) if content else []
+    return PARSERS[kind](_text(content, path), path)
 
 
 def checked_row(value: Any, where: str) -> Row:
@@ -88,7 +89,7 @@ def checked_row(value: Any, where: str) -> Row:
     return dict(value)
 
 
-def _text(path: Path) -> str:
+def _content(path: Path) -> bytes:
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -98,6 +99,10 @@ def _text(path: Path) -> str:
             content = unpack(content)
         except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
             raise InputError(f"{path}: not whole {path.suffix[1:]} data ({first_line(error)})") from error
+    return content
+
+
+def _text(content: bytes, path: Path) -> str:
     if begins := next((what for signature, what in SIGNATURES.items() if content.startswith(signature)), None):
         raise InputError(f"{path} holds {begins}")
     encoding = next((name for mark, name in ENCODING_OF_MARK.items() if content.startswith(mark)), "utf-8")
@@ -152,9 +157,10 @@ def _is_object(line: str) -> bool:
 
 
 def _lines(text: str) -> list[tuple[int, str]]:
-    """(number, line) of the lines that are not blank."""
+    """(number, line) of the lines that are not blank; a line ends with LF, CR LF or, as on an old Mac, CR."""
     # Not str.splitlines: that also breaks at U+2028 and its like, which are legal inside a JSON string.
-    return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def _jsonl_rows(text: str, path: Path) -> list[Row]:
@@ -214,8 +220,9 @@ def _header(fields: list[str], where: str, dialect: Mapping[str, Any]) -> list[s
         )
     if len(set(header)) < len(header):
         raise InputError(f"{where}: the header names a column twice: {', '.join(header)}")
-    if len(header) == 1 and "delimiter" not in dialect and any(mark in header[0] for mark in ";\t|"):
-        raise InputError(f"{where}: the header is one field, {header[0]!r}: a .csv's fields are separated by commas")
+    delimiter = dialect.get("delimiter", ",")
+    if len(header) == 1 and any(mark in header[0] for mark in ",;\t|"):
+        raise InputError(f"{where}: the header is one field, {header[0]!r:.80}; fields are separated by {delimiter!r}")
     return header
 
 
@@ -229,4 +236,4 @@ PARSERS: dict[str, Callable[[str, Path], list[Row]]] = {
     "csv": _csv_rows,
     "text": _text_rows,
 }
-COLUMNAR: dict[str, Callable[[Path], list[Row]]] = {"parquet": parquet_rows, "arrow": arrow_rows}
+COLUMNAR: dict[str, Callable[[bytes, str], list[Row]]] = {"parquet": parquet_rows, "arrow": arrow_rows}

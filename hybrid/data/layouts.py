@@ -1,19 +1,20 @@
 """Which columns are what. A new layout is one more entry in `LAYOUTS`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from hybrid.core import IGNORE, Example, InputError, unknown_name
-from hybrid.data.cells import cell, text_of
+from hybrid.data.cells import cell, is_missing, text_of
 from hybrid.data.config import DataConfig
 from hybrid.data.messages import last_content, messages_of, tools_of
 
-__all__ = ["LAYOUTS", "Layout", "columns_of", "layout_of"]
+__all__ = ["LAYOUTS", "Layout", "columns_of", "layout_of", "listed"]
 
 Row = Mapping[str, Any]
 
 LEAVE_OUT = "leave such rows out with data.filter"
+NUM_LISTED = 12  # columns that a line names
 NO_TARGET = f'{LEAVE_OUT}, or write "" where there is no target'
 
 
@@ -62,14 +63,14 @@ class Pair:
 
     def says(self) -> str:
         more = "" if self.input is None else f" + {self.input!r}"
-        return f"prompt = {self.prompt!r}{more}, {_target_says(self.target)}"
+        return f"prompt = {self.prompt!r}{more}{_says('target', self.target)}"
 
     def example(self, row: Row, where: str) -> Example:
         prompt = _text(row, self.prompt, where)
         # An example without a prompt is plain text, which this one was not meant to be.
         if not prompt.strip():
             raise InputError(f"{where}: column {self.prompt!r} is empty; {LEAVE_OUT}")
-        if self.input is not None and row.get(self.input) is not None:
+        if self.input is not None and not is_missing(row.get(self.input)):
             more = _text(row, self.input, where)
             prompt += f"\n\n{more}" if more.strip() else ""
         return Example(prompt, "" if self.target is None else _text(row, self.target, where, NO_TARGET), item=row)
@@ -95,7 +96,7 @@ class Turns:
         return self if self.tools in columns else replace(self, tools=None)
 
     def says(self) -> str:
-        return f"messages = {self.prompt!r}, {_target_says(self.target)}{_tools_say(self.tools)}"
+        return f"messages = {self.prompt!r}{_says('target', self.target)}{_says('tools', self.tools)}"
 
     def example(self, row: Row, where: str) -> Example:
         place = f"{where}: column {self.prompt!r}"
@@ -134,7 +135,7 @@ class Dialogue:
         return self if self.tools in columns else replace(self, tools=None)
 
     def says(self) -> str:
-        return f"dialogues = {self.column!r}{_tools_say(self.tools)}"
+        return f"dialogues = {self.column!r}{_says('tools', self.tools)}"
 
     def example(self, row: Row, where: str) -> Example:
         place = f"{where}: column {self.column!r}"
@@ -238,12 +239,21 @@ def columns_of(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(column for row in rows for column in row))
 
 
+def listed(columns: Iterable[str]) -> str:
+    """The names in one line, however many, long or strange they are."""
+    names = [name if name.isprintable() else ascii(name) for name in columns]
+    shown = [name if len(name) <= 40 else f"{name[:39]}…" for name in names[:NUM_LISTED]]
+    return ", ".join(shown) + (f" and {len(names) - NUM_LISTED} more" if len(names) > NUM_LISTED else "")
+
+
 def layout_of(rows: Sequence[Row], config: DataConfig, name: str) -> Layout:
     """The layout that the config names, else the first of `LAYOUTS` whose columns are among those of all the rows.
 
     Raises InputError where there is none, and for preferences: their rejected answers must not be trained.
     """
     columns = columns_of(rows)
+    if not columns:
+        raise InputError(f"{name}: the rows have no columns")
     layout = _named(config)
     if layout is not None:
         for column in layout.needs:
@@ -254,7 +264,7 @@ def layout_of(rows: Sequence[Row], config: DataConfig, name: str) -> Layout:
         layout = next((layout for layout in LAYOUTS if set(layout.needs) <= set(columns)), None)
     if layout is None:
         raise InputError(
-            f"{name}: found no columns that belong together (docs/data.md) among {', '.join(map(repr, columns))}; "
+            f"{name}: found no columns that belong together (docs/data.md) among {listed(map(repr, columns))}; "
             "name yours with data.prompt and data.target, data.messages or data.text"
         )
     if isinstance(layout, Pair) and any(_is_list(row.get(column)) for row in rows for column in layout.needs):
@@ -304,12 +314,8 @@ def _dialogue(messages: tuple[Mapping[str, Any], ...], row: Row, tools: str | No
     return Example(prompt, target, messages, row, tools=given)
 
 
-def _target_says(target: str | None) -> str:
-    return "no target (rollouts only)" if target is None else f"target = {target!r}"
-
-
-def _tools_say(tools: str | None) -> str:
-    return "" if tools is None else f", tools = {tools!r}"
+def _says(what: str, column: str | None) -> str:
+    return "" if column is None else f", {what} = {column!r}"
 
 
 def _text(row: Row, column: str, where: str, way_out: str = LEAVE_OUT) -> str:

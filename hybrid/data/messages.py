@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybrid.core import InputError, parse_json, unknown_name
-from hybrid.data.cells import check_unicode
+from hybrid.data.cells import check_unicode, is_missing
 
 __all__ = ["last_content", "messages_of", "tools_of"]
 
@@ -29,7 +29,7 @@ def messages_of(value: Any, where: str) -> tuple[Message, ...]:
 
 def tools_of(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
     """The JSON schemas of tools: a list of them, or its JSON text. None where there are none."""
-    if value is None or value == "":
+    if is_missing(value) or (isinstance(value, str) and not value.strip()):
         return ()
     listed = _listed(value)
     tools = None if listed is None else [_parsed(tool) if isinstance(tool, str) else tool for tool in listed]

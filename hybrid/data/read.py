@@ -57,7 +57,7 @@ def read_parts(source: Any, *, format: Format = "auto", name: str = "data") -> l
     else:
         parts = [Part(name, list(_in_memory(source, name)))]
     if not any(part.rows for part in parts):
-        raise InputError(f"{name} holds no rows" if name != "data" else "the data holds no rows")
+        raise InputError(f"{_called(name)} holds no rows")
     return parts
 
 
@@ -81,12 +81,18 @@ def _is_a(source: Any, library: str, name: str) -> bool:
     return kind is not None and isinstance(source, kind)
 
 
+def _called(name: str) -> str:
+    return "the data" if name == "data" else name
+
+
 # In memory
 
 
 def _in_memory(source: Any, name: str) -> Iterable[Row]:
     if isinstance(source, Mapping):
         return _columns(source)
+    if _is_a(source, "torch.utils.data", "DataLoader"):
+        raise InputError("the data is a DataLoader, which gives batches; give its dataset")
     if _is_a(source, "pandas", "DataFrame"):
         return frame_rows(source, name)
     if _is_a(source, "datasets", "Dataset"):
@@ -99,8 +105,8 @@ def _in_memory(source: Any, name: str) -> Iterable[Row]:
     if hasattr(source, "__len__") and hasattr(source, "__getitem__") and not is_bytes:
         return _in_memory((source[i] for i in range(len(source))), name)
     raise InputError(
-        "the data must be a file, a folder, a Hugging Face dataset's name, a datasets.Dataset, a frame or a list of "
-        f"dicts, got {type(source).__name__}"
+        f"{_called(name)} must be a file, a folder, a Hugging Face dataset's name, a datasets.Dataset, a frame or a "
+        f"list of dicts, got {type(source).__name__}"
     )
 
 
@@ -116,9 +122,11 @@ def _finite(source: Iterable[Any], name: str) -> Iterator[Any]:
         else:
             return
     except Exception as error:
-        raise InputError(f"{name} raised {type(error).__name__} after {number} rows: {first_line(error)}") from error
+        raise InputError(
+            f"{_called(name)} raised {type(error).__name__} after {number} rows: {first_line(error)}"
+        ) from error
     raise InputError(
-        f"{name} has no length, and gives more than {MAX_ROWS:,} rows: has it an end? Take a part of it, with "
+        f"{_called(name)} has no length, and gives more than {MAX_ROWS:,} rows: has it an end? Take a part of it, with "
         "itertools.islice(rows, n) or a dataset's take(n)"
     )
 
@@ -160,6 +168,8 @@ def _path(name: str) -> Path:
 def _named(source: str, format: Format) -> list[Part]:
     if not source.strip() or "\0" in source:
         raise InputError(f"the data's name is {source!r}, which no file has")
+    if "://" in source:
+        raise InputError(f"{_shortened(source)} is an address: download the file, or name a Hugging Face dataset")
     path = _path(source)
     if format == "hf":
         return [Part(source, _hub_rows(source))]
@@ -216,6 +226,10 @@ def _folder(folder: Path, format: Format) -> list[Part]:
     if (folder / "state.json").is_file():
         return [Part(str(folder), list(_saved_rows(folder)))]
     files = _data_files(folder)
+    if inner := [file.name for file in sorted(folder.iterdir()) if file.is_dir() and not file.name.startswith(".")]:
+        raise InputError(
+            f"the folder {str(folder)!r} holds folders too ({inner[0]!r}); name the files, or a pattern ('**' for all)"
+        )
     formats = {format_of(file): file.name for file in files}
     if not files:
         raise InputError(f"the folder {str(folder)!r} holds no data files ({' '.join(DATA_SUFFIXES)}); name one")

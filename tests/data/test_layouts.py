@@ -33,6 +33,7 @@ def one(row, **settings):
         ({"instruction": "a", "input": "c", "output": "b"}, "a\n\nc", "b"),
         ({"instruction": "a", "input": "", "output": "b"}, "a", "b"),
         ({"instruction": "a", "input": None, "output": "b"}, "a", "b"),
+        ({"instruction": "a", "input": NAN, "output": "b"}, "a", "b"),
         ({"instruction": "a", "output": "b"}, "a", "b"),
         ({"instruction": "a", "context": "c", "response": "b", "category": "d"}, "a\n\nc", "b"),
         ({"question": "a", "answer": 18}, "a", "18"),
@@ -104,7 +105,7 @@ def test_tools_are_schemas_or_their_json(tools):
     assert example.messages[1] == CALL
 
 
-@pytest.mark.parametrize("tools", [None, [], "", "[]"])
+@pytest.mark.parametrize("tools", [None, [], "", "[]", NAN])
 def test_a_row_may_have_no_tools(tools):
     assert one({"messages": [USER, ANSWER], "tools": tools}).tools == ()
 
@@ -188,6 +189,7 @@ def test_half_a_character_is_refused_with_its_row(columns):
         ([{"input_ids": [1, 2], "completion_mask": [0, 2]}], "0 and 1, got 2"),
         ([{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [1]}], "row 2 has no 'labels'"),
         ([{"input_ids": [1, 2], "seq_lengths": [1, 1]}], "several examples"),
+        ([{}], "have no columns"),
         ([{"ask": "a"}], "found no columns that belong together"),
     ],
 )
@@ -210,12 +212,22 @@ def test_named_columns_are_taken_before_all_layouts():
             ": prompt = 'instruction' + 'input', target = 'output'; unused columns: id, source",
         ),
         ([{"instruction": "a", "output": "b"}], {}, ": prompt = 'instruction', target = 'output'"),
-        ([{"prompt": "a"}], {}, ": prompt = 'prompt', no target (rollouts only)"),
-        ([{"prompt": [USER], "tools": []}], {}, ": messages = 'prompt', no target (rollouts only), tools = 'tools'"),
-        ([{"messages": [USER], "text": ""}], {}, ": dialogues = 'messages'; unused columns: text"),
+        ([{"prompt": "a"}], {}, ": prompt = 'prompt'; 1 without a target, for rollouts only"),
+        (
+            [{"prompt": [USER], "tools": []}],
+            {},
+            ": messages = 'prompt', tools = 'tools'; 1 without a target, for rollouts only",
+        ),
+        ([{"messages": [USER, ANSWER, USER], "text": ""}], {}, ": dialogues = 'messages'; unused columns: text"),
         ([{"text": "a"}, {"text": " "}], {}, ": text = 'text'; left out 1 blank row"),
         ([{"input_ids": [1]}], {}, ": token ids = 'input_ids', all trained"),
         ([{"input_ids": [1], "labels": [1]}], {}, ": token ids = 'input_ids', trained by 'labels'"),
+        (
+            [{"prompt": "a", "target": ""}, {"prompt": "a", "target": "b"}],
+            {},
+            ": prompt = 'prompt', target = 'target'; 1 without a target, for rollouts only",
+        ),
+        ([{"text": "a", "b\n\ud800": 1}], {}, r": text = 'text'; unused columns: 'b\n\ud800'"),
         ([{"text": "a"}] * 3, {"limit": 2}, ": text = 'text'; the first 2 of 3 (data.limit)"),
     ],
 )

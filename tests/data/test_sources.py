@@ -9,6 +9,7 @@ import datasets
 import pandas
 import pyarrow
 import pytest
+import torch
 from pyarrow import feather, parquet
 
 from hybrid.core import InputError
@@ -48,6 +49,12 @@ def arrow_file(path):
         writer.write_table(TABLE)
 
 
+def written(table):
+    with pyarrow.BufferOutputStream() as stream:
+        parquet.write_table(table, stream)
+        return stream.getvalue().to_pybytes()
+
+
 WRITERS = {
     "a.parquet": lambda path: parquet.write_table(TABLE, path),
     "a.feather": lambda path: feather.write_feather(TABLE, path),
@@ -56,6 +63,7 @@ WRITERS = {
     "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(LINES.encode())),
     "a.JSONL.GZ": lambda path: path.write_bytes(gzip.compress(LINES.encode())),
     "a.ndjson.bz2": lambda path: path.write_bytes(bz2.compress(LINES.encode())),
+    "a.parquet.gz": lambda path: path.write_bytes(gzip.compress(written(TABLE))),
     "a.jsonl.xz": lambda path: path.write_bytes(lzma.compress(LINES.encode())),
     "saved": lambda path: datasets.Dataset.from_list(ROWS).save_to_disk(path),
 }
@@ -126,6 +134,8 @@ def test_a_folder_of_several_formats_or_none_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text("{}")
     (tmp_path / "b.csv").write_text("x\n1")
     assert "'a.jsonl', 'b.csv'" in refusal(tmp_path)
+    (tmp_path / "inner").mkdir()
+    assert "holds folders too ('inner')" in refusal(tmp_path)
 
 
 def test_a_saved_dict_of_splits_is_read_by_split(tmp_path):
@@ -248,6 +258,8 @@ FRAME = pandas.DataFrame([["a", "b"]])
         ({}, "no rows"),
         (["a.jsonl", {"x": 1}], "row 1"),
         ("/dev/null", "no regular file"),
+        ("https://example.com/a.jsonl", "is an address"),
+        (torch.utils.data.DataLoader([1]), "give its dataset"),
     ],
     ids=str,
 )
@@ -287,13 +299,22 @@ def test_what_is_no_data_is_refused_by_name(source, message):
         ("a.jsonl", b'{"x": ' + b"9" * 5000 + b"}", "too many digits"),
         ("a.jsonl", b'{"x": ' + b"[" * 100000 + b"}", "nested too deeply"),
         ("a.csv", b",prompt\n0,a\n", "column 1 of the header has no name"),
-        ("a.csv", b"prompt;target\na;b\n", "separated by commas"),
+        ("a.tsv", b"prompt,target\na,b\n", r"separated by '\t'"),
+        ("a.csv", b"prompt;target\na;b\n", "separated by ','"),
     ],
     ids=str,
 )
 def test_a_file_that_is_not_what_it_says_is_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     assert message in refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_line_may_end_as_on_any_system(tmp_path, name, end):
+    lines = {"a.txt": ["a", "b"], "a.jsonl": ['{"text": "a"}', '{"text": "b"}'], "a.csv": ["text", "a", "b"]}
+    (tmp_path / name).write_bytes(end.join(lines[name]).encode())
+    assert read_rows(tmp_path / name) == [{"text": "a"}, {"text": "b"}]
 
 
 def test_a_wide_text_with_its_mark_is_read(tmp_path):
