@@ -93,6 +93,11 @@ def test_tokenised_rows_are_trained(tokenizer):
     assert trainer.corpus.train[0].prompt_ids == (7,)
 
 
+def test_an_id_that_the_tokenizer_has_not_is_refused_with_its_row(tokenizer):
+    with pytest.raises(InputError, match=r"the id 600, .*The example: \[7, 600\]"):
+        make(tokenizer, [{"input_ids": [7, 600]}])
+
+
 def test_the_examples_that_are_too_long_are_not_counted(tokenizer):
     rows = [*PAIRS, {"prompt": "w1 " * 50, "target": "good"}]
     trainer = make(tokenizer, rows, data={"max_length": 20})

@@ -39,7 +39,9 @@ def _readable(name: str, what: str) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError) as error:
+    except InputError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise InputError(f"{name} cannot be read as {what}: {first_line(error)}") from error
 
 

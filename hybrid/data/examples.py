@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hybrid.core import Example, InputError, first_line, load_object
+from hybrid.core import IGNORE, Example, InputError, first_line, load_object
 from hybrid.data.config import DataConfig
 from hybrid.data.layouts import columns_of, layout_of, listed
 from hybrid.data.read import HELD_OUT, Part, read_parts, splits_of
@@ -171,7 +171,8 @@ def _mapped(placed: Sequence[Placed], config: DataConfig, name: str) -> tuple[li
 
 def _has_target(example: Example) -> bool:
     answers = example.messages[example.num_prompt_messages :]
-    return bool(example.target or example.input_ids) or any(m["role"] == "assistant" for m in answers)
+    trained = [label for label in example.labels[1:] if label != IGNORE]
+    return bool(example.target or trained) or any(message["role"] == "assistant" for message in answers)
 
 
 def _title(parts: Sequence[Part]) -> str:

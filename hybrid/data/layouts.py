@@ -296,7 +296,7 @@ def _refuse_preferences(rows: Sequence[Row], columns: Sequence[str], name: str) 
         return
     raise InputError(
         f"{name}: the columns {what} are preferences, which no step learns from yet; to train on the good answers "
-        "alone, choose the rows with data.filter and name data.prompt and data.target"
+        "alone, choose the rows with data.filter and name their columns: data.prompt and data.target, or data.messages"
     )
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,37 +97,38 @@ def _in_memory(source: Any, name: str) -> Iterable[Row]:
     if _is_a(source, "pandas", "DataFrame"):
         return frame_rows(source, name)
     if _is_a(source, "datasets", "Dataset"):
-        return dataset_rows(source)
+        return _given(dataset_rows(source), name, None)
     if hasattr(source, "__arrow_c_stream__"):
         return table_rows(source, name)
-    is_bytes = isinstance(source, (bytes, bytearray))
-    if isinstance(source, Iterable) and not is_bytes:
-        return (checked_row(value, f"{name}, row {i}") for i, value in enumerate(_finite(source, name), start=1))
-    if hasattr(source, "__len__") and hasattr(source, "__getitem__") and not is_bytes:
-        return _in_memory((source[i] for i in range(len(source))), name)
+    if not isinstance(source, (bytes, bytearray)):
+        if isinstance(source, Iterable):
+            return _given(source, name, None if hasattr(source, "__len__") else MAX_ROWS)
+        if hasattr(source, "__len__") and hasattr(source, "__getitem__"):
+            return _given((source[i] for i in range(len(source))), name, None)
     raise InputError(
         f"{_called(name)} must be a file, a folder, a Hugging Face dataset's name, a datasets.Dataset, a frame or a "
         f"list of dicts, got {type(source).__name__}"
     )
 
 
-def _finite(source: Iterable[Any], name: str) -> Iterator[Any]:
-    """The values of the user's own iterable, whose errors are told as what they are."""
+def _given(source: Iterable[Any], name: str, limit: int | None) -> Iterator[Row]:
+    """The rows of the user's own iterable, whose errors are told as what they are.   limit: None where it must end."""
     number = 0
-    try:
-        for value in source:
-            yield value
-            number += 1
-            if number > MAX_ROWS and not hasattr(source, "__len__"):
-                break
-        else:
+    # iter() is the user's code too: here it is called by next().
+    values = chain.from_iterable([source])
+    while limit is None or number <= limit:
+        try:
+            value = next(values)
+        except StopIteration:
             return
-    except Exception as error:
-        raise InputError(
-            f"{_called(name)} raised {type(error).__name__} after {number} rows: {first_line(error)}"
-        ) from error
+        except Exception as error:
+            raise InputError(
+                f"{_called(name)} raised {type(error).__name__} after {number} rows: {first_line(error)}"
+            ) from error
+        number += 1
+        yield checked_row(value, f"{name}, row {number}")
     raise InputError(
-        f"{_called(name)} has no length, and gives more than {MAX_ROWS:,} rows: has it an end? Take a part of it, with "
+        f"{_called(name)} has no length, and gives more than {limit:,} rows: has it an end? Take a part of it, with "
         "itertools.islice(rows, n) or a dataset's take(n)"
     )
 
@@ -223,7 +225,7 @@ def _folder(folder: Path, format: Format) -> list[Part]:
             f"the folder {str(folder)!r} holds the splits {', '.join(map(repr, splits))}; choose one, as "
             f"{f'{folder}:{some}'!r}"
         )
-    if (folder / "state.json").is_file():
+    if os.path.isfile(folder / "state.json"):
         return [Part(str(folder), list(_saved_rows(folder)))]
     files = _data_files(folder)
     if inner := [file.name for file in sorted(folder.iterdir()) if file.is_dir() and not file.name.startswith(".")]:
@@ -253,13 +255,13 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def _folder_splits(folder: Path) -> dict[str, Any] | None:
-    if (folder / "dataset_dict.json").is_file():
+    if os.path.isfile(folder / "dataset_dict.json"):
         try:
             names = json.loads((folder / "dataset_dict.json").read_text())["splits"]
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise InputError(f"{folder / 'dataset_dict.json'} names no splits: {first_line(error)}") from error
         return {name: folder / name for name in names}
-    if (folder / "state.json").is_file():
+    if os.path.isfile(folder / "state.json"):
         return None
     files = _data_files(folder)
     splits: dict[str, list[Path]] = {}

@@ -220,8 +220,10 @@ def test_named_columns_are_taken_before_all_layouts():
         ),
         ([{"messages": [USER, ANSWER, USER], "text": ""}], {}, ": dialogues = 'messages'; unused columns: text"),
         ([{"text": "a"}, {"text": " "}], {}, ": text = 'text'; left out 1 blank row"),
-        ([{"input_ids": [1]}], {}, ": token ids = 'input_ids', all trained"),
-        ([{"input_ids": [1], "labels": [1]}], {}, ": token ids = 'input_ids', trained by 'labels'"),
+        ([{"input_ids": [1, 2]}], {}, ": token ids = 'input_ids', all trained"),
+        ([{"input_ids": [1, 2], "labels": [1, 2]}], {}, ": token ids = 'input_ids', trained by 'labels'"),
+        # Nothing predicts the first token.
+        ([{"input_ids": [1]}], {}, ": token ids = 'input_ids', all trained; 1 without a target, for rollouts only"),
         (
             [{"prompt": "a", "target": ""}, {"prompt": "a", "target": "b"}],
             {},

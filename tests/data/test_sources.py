@@ -218,6 +218,12 @@ def test_a_version_at_a_names_end_is_no_suffix(monkeypatch):
     assert read_rows("teknium/OpenHermes-2.5") == [{"x": "teknium/OpenHermes-2.5"}]
 
 
+def test_an_error_of_a_transform_is_told_as_what_it_is():
+    given = datasets.Dataset.from_list(ROWS)
+    given.set_transform(lambda batch: batch["missing"])
+    assert "raised KeyError after 0 rows" in refusal(given)
+
+
 def forever():
     while True:
         yield {"x": 1}
@@ -245,6 +251,7 @@ FRAME = pandas.DataFrame([["a", "b"]])
         ("x" * 5000 + ".jsonl", "not found"),
         (["Once upon a time there was", "a dragon who"], "a text is no data"),
         (broken(), "KeyError after 1 rows"),
+        (torch.utils.data.ChainDataset([3]), "raised AssertionError after 0 rows"),
         (FRAME, "must be a text, got 0"),
         (pandas.DataFrame([["a", "b"]], columns=["x", "x"]), "two columns called 'x'"),
         (pandas.DataFrame({"x": []}), "no rows"),
@@ -276,6 +283,10 @@ def test_what_is_no_data_is_refused_by_name(source, message):
         ("a.parquet", b"", "no rows"),
         ("a.arrow", b"", "no rows"),
         ("a.jsonl.gz", b"", "no rows"),
+        ("a.jsonl.bz2", b"", "no rows"),
+        ("a.json", b"", "no rows"),
+        ("a.txt", b"", "no rows"),
+        ("a.tsv", b"x\n", "no rows"),
         ("a.jsonl.gz", b"{}", "not whole gz data"),
         ("a.jsonl.bz2", b"{}", "not whole bz2 data"),
         ("a.jsonl.xz", b"{}", "not whole xz data"),
