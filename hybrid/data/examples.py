@@ -9,7 +9,7 @@ from typing import Any
 from hybrid.core import IGNORE, Example, InputError, first_line, load_object
 from hybrid.data.config import DataConfig
 from hybrid.data.layouts import columns_of, layout_of, listed
-from hybrid.data.read import HELD_OUT, Part, read_parts, splits_of
+from hybrid.data.read import HELD_OUT, Part, read_parts, read_rows, splits_of
 
 __all__ = [
     "ExampleSet",
@@ -94,8 +94,8 @@ def examples_from(rows: Iterable[Mapping[str, Any]], config: DataConfig) -> list
     Raises InputError, with the row's number: a missing column, a value that is not text (numbers become text),
     an empty prompt, a dialogue that is not a list of {"role", "content"} with a user's turn to answer.
     """
-    (part,) = read_parts(rows)
-    return _mapped([(f"data, row {i}", row) for i, row in enumerate(part.rows, start=1)], config, "data")[0]
+    placed = [(f"data, row {i}", row) for i, row in enumerate(read_rows(rows), start=1)]
+    return _mapped(placed, config, "data")[0]
 
 
 def read_training_sets(
@@ -105,7 +105,7 @@ def read_training_sets(
 
     hold_out: whether to read that one.   Raises InputError where no split is called train.
     """
-    splits = splits_of(source)
+    splits = splits_of(source, format=config.format)
     if splits is None:
         return read_example_set(source, config, seed=seed), ExampleSet([], "")
     if "train" not in splits:
@@ -141,7 +141,7 @@ def _filtered(placed: Sequence[Placed], name: str) -> list[Placed]:
         raise
     except Exception as error:
         raise InputError(
-            f"DataConfig.filter = {name!r} raised {type(error).__name__} when imported: {error}"
+            f"DataConfig.filter = {name!r} raised {type(error).__name__} when imported: {first_line(error)}"
         ) from error
     if not callable(keep):
         raise InputError(f"DataConfig.filter = {name!r} must be a function, got {type(keep).__name__}")

@@ -62,12 +62,12 @@ def read_parts(source: Any, *, format: Format = "auto", name: str = "data") -> l
     return parts
 
 
-def splits_of(source: Any) -> dict[str, Any] | None:
+def splits_of(source: Any, *, format: Format = "auto") -> dict[str, Any] | None:
     """The splits of a DatasetDict or another mapping of data sets, of a folder with a saved one, or of a folder whose
     files are named after splits; each is itself a source. None where the source is one set of rows."""
     if isinstance(source, Mapping):
         return {str(name): rows for name, rows in source.items()} if _maps_splits(source) else None
-    if _is_name(source) and os.path.isdir(folder := _path(os.fspath(source))):
+    if format != "hf" and _is_name(source) and os.path.isdir(folder := _path(os.fspath(source))):
         return _folder_splits(folder)
     return None
 
@@ -164,7 +164,8 @@ def _columns(mapping: Mapping[Any, Any]) -> Iterable[Row]:
 
 
 def _path(name: str) -> Path:
-    return Path(name).expanduser()
+    # Not Path's own, which raises for a user that there is not.
+    return Path(os.path.expanduser(name))
 
 
 def _named(source: str, format: Format) -> list[Part]:
@@ -258,9 +259,9 @@ def _folder_splits(folder: Path) -> dict[str, Any] | None:
     if os.path.isfile(folder / "dataset_dict.json"):
         try:
             names = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+            return {name: folder / name for name in names}
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise InputError(f"{folder / 'dataset_dict.json'} names no splits: {first_line(error)}") from error
-        return {name: folder / name for name in names}
     if os.path.isfile(folder / "state.json"):
         return None
     files = _data_files(folder)

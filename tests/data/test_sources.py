@@ -161,6 +161,20 @@ def test_a_folder_of_files_named_after_splits_is_read_by_split(tmp_path):
     assert "more.jsonl" in refusal(tmp_path)
 
 
+def test_a_broken_list_of_splits_is_refused(tmp_path):
+    for content in ("{", "[]", '{"splits": [1]}'):
+        (tmp_path / "dataset_dict.json").write_text(content)
+        assert "names no splits" in refusal(tmp_path)
+
+
+def test_the_format_hf_leaves_a_folder_to_datasets(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: [{"x": split}])
+    (tmp_path / "train.jsonl").write_text("{}")
+    (tmp_path / "test.jsonl").write_text("{}")
+    assert splits_of(tmp_path, format="hf") is None
+    assert read_rows(tmp_path, format="hf") == [{"x": "train"}]
+
+
 @pytest.mark.parametrize(
     "splits",
     [
@@ -264,6 +278,7 @@ FRAME = pandas.DataFrame([["a", "b"]])
         (3, "int"),
         ({}, "no rows"),
         (["a.jsonl", {"x": 1}], "row 1"),
+        ("~nobody-has-this-name/a.jsonl", "not found"),
         ("/dev/null", "no regular file"),
         ("https://example.com/a.jsonl", "is an address"),
         (torch.utils.data.DataLoader([1]), "give its dataset"),
