@@ -2,12 +2,16 @@
 
 import math
 from collections.abc import Mapping
+from decimal import Decimal
 from numbers import Real
 from typing import Any
 
 from hybrid.core import InputError
 
 __all__ = ["cell", "check_unicode", "is_missing", "text_of"]
+
+# numpy's are no int and no float.
+NUMBERS = (Real, Decimal)
 
 
 def cell(row: Mapping[str, Any], column: str, where: str, way_out: str) -> Any:
@@ -22,7 +26,7 @@ def cell(row: Mapping[str, Any], column: str, where: str, way_out: str) -> Any:
 
 def is_missing(value: Any) -> bool:
     """Whether a value says that there is none: None, and what pandas puts there (nan, NA, NaT)."""
-    is_nan = isinstance(value, Real) and value != value
+    is_nan = isinstance(value, NUMBERS) and value != value
     return value is None or is_nan or type(value).__name__ in ("NAType", "NaTType")
 
 
@@ -31,10 +35,10 @@ def text_of(value: Any, column: str, where: str, way_out: str) -> str:
     if isinstance(value, str):
         check_unicode(value, f"{where}: column {column!r}")
         return value
-    # numpy's numbers are no floats, and its true is no bool.
+    # numpy's true is no bool.
     is_truth = isinstance(value, bool) or type(value).__name__ == "bool"
-    if is_truth or not isinstance(value, Real) or not math.isfinite(value):
-        got = str(value).lower() if is_truth or isinstance(value, Real) else type(value).__name__
+    if is_truth or not isinstance(value, NUMBERS) or not math.isfinite(value):
+        got = str(value).lower() if is_truth or isinstance(value, NUMBERS) else type(value).__name__
         raise InputError(f"{where}: column {column!r} must hold text, got {got}; {way_out}")
     return str(value)
 

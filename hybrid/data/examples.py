@@ -8,8 +8,10 @@ from typing import Any
 
 from hybrid.core import IGNORE, Example, InputError, first_line, load_object
 from hybrid.data.config import DataConfig
+from hybrid.data.files import Part
+from hybrid.data.folders import HELD_OUT
 from hybrid.data.layouts import columns_of, layout_of, listed
-from hybrid.data.read import HELD_OUT, Part, read_parts, read_rows, splits_of
+from hybrid.data.read import read_parts, read_rows, splits_of
 
 __all__ = [
     "ExampleSet",

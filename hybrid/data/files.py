@@ -10,15 +10,24 @@ import lzma
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hybrid.core import InputError, first_line, parse_json
 from hybrid.data.columnar import arrow_rows, parquet_rows
 from hybrid.data.config import Format
 
-__all__ = ["DATA_SUFFIXES", "Row", "checked_row", "file_rows", "format_of"]
+__all__ = ["DATA_SUFFIXES", "Part", "Row", "checked_row", "file_rows", "format_of"]
 
 Row = dict[str, Any]
+
+
+class Part(NamedTuple):
+    """The rows of one file or object, numbered from 1 in messages, and its name there."""
+
+    name: str
+    rows: list[Row]
+
+
 FORMAT_OF_SUFFIX = {
     ".json": "json",
     ".jsonl": "jsonl",

@@ -2,33 +2,23 @@
 
 import difflib
 import glob
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from hybrid.core import InputError, first_line, unknown_name
 from hybrid.data.columnar import dataset_rows, frame_rows, plain, table_rows
 from hybrid.data.config import Format
-from hybrid.data.files import DATA_SUFFIXES, Row, checked_row, file_rows, format_of
+from hybrid.data.files import Part, Row, checked_row, file_rows
+from hybrid.data.folders import SPLITS, folder_parts, folder_splits
 
-__all__ = ["HELD_OUT", "Part", "Row", "read_parts", "read_rows", "splits_of"]
+__all__ = ["Row", "read_parts", "read_rows", "splits_of"]
 
-# The names of a held-out split, the first that is there being meant.
-HELD_OUT = ("validation", "valid", "val", "eval", "dev", "test")
-SPLITS = ("train", *HELD_OUT)
 # What has no length may have no end: two million rows are some 2 GB as Python's objects.
 MAX_ROWS = 2_000_000
-
-
-class Part(NamedTuple):
-    """The rows of one file or object, numbered from 1 in messages, and its name there."""
-
-    name: str
-    rows: list[Row]
 
 
 def read_rows(source: Any, *, format: Format = "auto") -> list[Row]:
@@ -68,7 +58,7 @@ def splits_of(source: Any, *, format: Format = "auto") -> dict[str, Any] | None:
     if isinstance(source, Mapping):
         return {str(name): rows for name, rows in source.items()} if _maps_splits(source) else None
     if format != "hf" and _is_name(source) and os.path.isdir(folder := _path(os.fspath(source))):
-        return _folder_splits(folder)
+        return folder_splits(folder)
     return None
 
 
@@ -179,7 +169,7 @@ def _named(source: str, format: Format) -> list[Part]:
     if os.path.isfile(path):
         return [Part(source, file_rows(path, format))]
     if os.path.isdir(path):
-        return _folder(path, format)
+        return folder_parts(path, format)
     if os.path.exists(path):
         raise InputError(f"{source!r} is no regular file; save what it gives to one")
     folder, colon, split = source.rpartition(":")
@@ -217,77 +207,6 @@ def _matching(pattern: str, format: Format) -> list[Part]:
     if not files:
         raise InputError(f"no file matches {pattern!r}{_nearest(_path(pattern))}")
     return [Part(name, file_rows(Path(name), format)) for name in files]
-
-
-def _folder(folder: Path, format: Format) -> list[Part]:
-    if splits := _folder_splits(folder):
-        some = next(iter(splits))
-        raise InputError(
-            f"the folder {str(folder)!r} holds the splits {', '.join(map(repr, splits))}; choose one, as "
-            f"{f'{folder}:{some}'!r}"
-        )
-    if os.path.isfile(folder / "state.json"):
-        return [Part(str(folder), list(_saved_rows(folder)))]
-    files = _data_files(folder)
-    if inner := [file.name for file in sorted(folder.iterdir()) if file.is_dir() and not file.name.startswith(".")]:
-        raise InputError(
-            f"the folder {str(folder)!r} holds folders too ({inner[0]!r}); name the files, or a pattern ('**' for all)"
-        )
-    formats = {format_of(file): file.name for file in files}
-    if not files:
-        raise InputError(f"the folder {str(folder)!r} holds no data files ({' '.join(DATA_SUFFIXES)}); name one")
-    if len(formats) > 1:
-        listed = ", ".join(map(repr, formats.values()))
-        raise InputError(
-            f"the folder {str(folder)!r} holds files of several formats ({listed}); name the files, or a pattern"
-        )
-    return [Part(str(file), file_rows(file, format)) for file in files]
-
-
-def _data_files(folder: Path) -> list[Path]:
-    try:
-        return sorted(
-            file
-            for file in folder.iterdir()
-            if file.is_file() and format_of(file) and not file.name.startswith((".", "README", "LICENSE"))
-        )
-    except OSError as error:
-        raise InputError(f"the folder {str(folder)!r} cannot be read: {error.strerror}") from error
-
-
-def _folder_splits(folder: Path) -> dict[str, Any] | None:
-    if os.path.isfile(folder / "dataset_dict.json"):
-        try:
-            names = json.loads((folder / "dataset_dict.json").read_text())["splits"]
-            return {name: folder / name for name in names}
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise InputError(f"{folder / 'dataset_dict.json'} names no splits: {first_line(error)}") from error
-    if os.path.isfile(folder / "state.json"):
-        return None
-    files = _data_files(folder)
-    splits: dict[str, list[Path]] = {}
-    for file in files:
-        # train.jsonl, test.csv.gz, train-00000-of-00002.parquet
-        if (name := file.name.partition(".")[0].partition("-")[0]) in SPLITS:
-            splits.setdefault(name, []).append(file)
-    if not splits or set(splits) == {"train"}:
-        return None
-    others = [file.name for file in files if not any(file in part for part in splits.values())]
-    if others:
-        raise InputError(
-            f"the folder {str(folder)!r} holds files of the splits {', '.join(map(repr, splits))} and others "
-            f"({others[0]!r}); name the files"
-        )
-    return splits
-
-
-def _saved_rows(folder: Path) -> Iterable[Row]:
-    from datasets import load_from_disk
-
-    try:
-        return list(dataset_rows(load_from_disk(str(folder))))
-    except Exception as error:
-        raise InputError(f"the saved data set {str(folder)!r} does not load: {first_line(error)}") from error
 
 
 def _hub_rows(source: str) -> list[Row]:

@@ -1,5 +1,7 @@
 """Tests of hybrid.data.layouts, messages and cells: which columns are what, and which rows are refused."""
 
+from decimal import Decimal
+
 import numpy
 import pytest
 
@@ -39,6 +41,7 @@ def one(row, **settings):
         ({"question": "a", "answer": 18}, "a", "18"),
         ({"query": "a", "response": "b"}, "a", "b"),
         ({"prompt": numpy.int64(3), "target": numpy.float32(0.5)}, "3", "0.5"),
+        ({"prompt": Decimal("1.50"), "target": 2**70}, "1.50", "1180591620717411303424"),
         ({"prompt": "a"}, "a", ""),
         ({"prompt": "a", "target": ""}, "a", ""),
         ({"text": "b", "label": True}, "", "b"),
