@@ -172,9 +172,9 @@ def _mapped(placed: Sequence[Placed], config: DataConfig, name: str) -> tuple[li
 
 
 def _has_target(example: Example) -> bool:
-    answers = example.messages[example.num_prompt_messages :]
-    trained = [label for label in example.labels[1:] if label != IGNORE]
-    return bool(example.target or trained) or any(message["role"] == "assistant" for message in answers)
+    if example.messages:
+        return any(message["role"] == "assistant" for message in example.messages[example.num_prompt_messages :])
+    return bool(example.target) or any(label != IGNORE for label in example.labels[1:])
 
 
 def _title(parts: Sequence[Part]) -> str:

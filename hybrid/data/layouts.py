@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from hybrid.core import IGNORE, Example, InputError, unknown_name
 from hybrid.data.cells import cell, is_missing, text_of
 from hybrid.data.config import DataConfig
-from hybrid.data.messages import last_content, messages_of, tools_of
+from hybrid.data.messages import last_content, messages_of, num_untrained, tools_of
 
 __all__ = ["LAYOUTS", "Layout", "columns_of", "layout_of", "listed"]
 
@@ -107,7 +107,7 @@ class Turns:
         if target and not target[0]["role"] == target[-1]["role"] == "assistant":
             raise InputError(f"{where}: column {self.target!r} must begin and end with the assistant's turn")
         example = _dialogue((*prompt, *target), row, self.tools, place)
-        return replace(example, num_prompt_messages=len(prompt))
+        return replace(example, num_prompt_messages=max(len(prompt), example.num_prompt_messages))
 
     def _messages(self, row: Row, column: str, where: str, role: str, way_out: str) -> tuple[Mapping[str, Any], ...]:
         if _is_list(cell(row, column, where, way_out)):
@@ -118,10 +118,14 @@ class Turns:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A list of messages, {"role", "content"} or ShareGPT's {"from", "value"}; the assistant's turns are trained."""
+    """A list of messages, {"role", "content"} or ShareGPT's {"from", "value"}; the assistant's turns are trained.
+
+    system: the column of a text that stands before them.
+    """
 
     column: str
     tools: str | None = "tools"
+    system: str | None = "system"
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -129,17 +133,23 @@ class Dialogue:
 
     @property
     def takes(self) -> tuple[str, ...]:
-        return () if self.tools is None else (self.tools,)
+        return tuple(column for column in (self.tools, self.system) if column is not None)
 
     def among(self, columns: Sequence[str]) -> "Dialogue":
-        return self if self.tools in columns else replace(self, tools=None)
+        tools, system = (column if column in columns else None for column in (self.tools, self.system))
+        return replace(self, tools=tools, system=system)
 
     def says(self) -> str:
-        return f"dialogues = {self.column!r}{_says('tools', self.tools)}"
+        return f"dialogues = {self.column!r}{_says('tools', self.tools)}{_says('system', self.system)}"
 
     def example(self, row: Row, where: str) -> Example:
         place = f"{where}: column {self.column!r}"
         messages = messages_of(cell(row, self.column, where, LEAVE_OUT), place)
+        if self.system is not None and not is_missing(row.get(self.system)):
+            system = _text(row, self.system, where)
+            if system.strip() and messages[0]["role"] == "system":
+                raise InputError(f"{place} begins with the system's turn, and column {self.system!r} has one too")
+            messages = ({"role": "system", "content": system}, *messages) if system.strip() else messages
         return _dialogue(messages, row, self.tools, place)
 
 
@@ -311,7 +321,7 @@ def _dialogue(messages: tuple[Mapping[str, Any], ...], row: Row, tools: str | No
         raise InputError(f"{where} has no user turn with text in it; {LEAVE_OUT}")
     target = last.get("content", "") if last["role"] == "assistant" else ""
     given = () if tools is None else tools_of(row.get(tools), f"{where}, column {tools!r}")
-    return Example(prompt, target, messages, row, tools=given)
+    return Example(prompt, target, messages, row, given, num_untrained(messages, where))
 
 
 def _says(what: str, column: str | None) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 from hybrid.core import InputError, parse_json, unknown_name
 from hybrid.data.cells import check_unicode, is_missing
 
-__all__ = ["last_content", "messages_of", "tools_of"]
+__all__ = ["last_content", "messages_of", "num_untrained", "tools_of"]
 
 Message = Mapping[str, Any]
 
@@ -36,6 +36,25 @@ def tools_of(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
     if tools is None or not all(isinstance(tool, Mapping) for tool in tools):
         raise InputError(f"{where} must hold a list of JSON schemas, or the JSON text of one, got {value!r:.60}")
     return tuple(tools)
+
+
+def num_untrained(messages: Sequence[Message], where: str) -> int:
+    """How many messages there are up to the last answer that is not trained: one with OpenAI's `weight` of 0.
+
+    Raises InputError for another weight than 0 and 1, and where an answer before it is trained, or none behind it.
+    """
+    weights = [(i, m.get("weight", 1)) for i, m in enumerate(messages, start=1) if m["role"] == "assistant"]
+    if wrong := [(i, weight) for i, weight in weights if weight not in (0, 1)]:
+        raise InputError(f"{where}: message {wrong[0][0]}: its weight must be 0 or 1, got {wrong[0][1]!r:.60}")
+    last = max((i for i, weight in weights if not weight), default=0)
+    if trained := [i for i, weight in weights if weight and i < last]:
+        raise InputError(
+            f"{where}: message {last} has weight 0 behind message {trained[0]}, which is trained; give the trained "
+            "answer a row of its own"
+        )
+    if last == len(messages):
+        raise InputError(f"{where} ends with an answer of weight 0, which is not trained; take that answer off")
+    return last
 
 
 def last_content(messages: Sequence[Message], role: str) -> str:

@@ -79,6 +79,22 @@ def test_a_prompt_of_messages_is_not_trained(answer, columns):
     assert (example.num_prompt_messages, example.prompt, example.target) == (3, "a", "b")
 
 
+def test_an_answer_of_weight_0_is_not_trained():
+    turns = [USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 1}]
+    assert one({"messages": turns}).num_prompt_messages == 2
+    assert "ends with an answer of weight 0" in refusal([{"messages": turns[:2]}])
+    assert "message 4 has weight 0 behind message 2" in refusal([{"messages": [USER, ANSWER, *turns[:2], *turns[2:]]}])
+    assert "0 or 1, got 0.5" in refusal([{"messages": [USER, {**ANSWER, "weight": 0.5}]}])
+
+
+def test_a_system_column_stands_before_the_dialogue():
+    first = {"role": "system", "content": "s"}
+    assert one({"messages": [USER, ANSWER], "system": "s"}).messages == (first, USER, ANSWER)
+    for nothing in (None, "", NAN):
+        assert one({"messages": [first, USER, ANSWER], "system": nothing}).messages == (first, USER, ANSWER)
+    assert "has one too" in refusal([{"messages": [first, USER, ANSWER], "system": "t"}])
+
+
 def test_a_prompt_of_messages_alone_serves_rollouts():
     example = one({"prompt": [USER], "answer_key": "b"})
     assert (example.messages, example.num_prompt_messages, example.target) == ((USER,), 1, "")
