@@ -39,6 +39,13 @@ class MapStyle:
         return ROWS[index]
 
 
+class Streamed:
+    """As a Polars frame: it gives itself by Arrow's protocol."""
+
+    def __arrow_c_stream__(self, requested_schema=None):
+        return TABLE.__arrow_c_stream__(requested_schema)
+
+
 def arrow_stream(path):
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, TABLE.schema) as writer:
         writer.write_table(TABLE)
@@ -84,6 +91,7 @@ def test_every_file_or_folder_gives_the_same_rows(tmp_path, name):
         datasets.Dataset.from_list(ROWS).with_format("numpy"),
         datasets.Dataset.from_list(ROWS).to_iterable_dataset(),
         MapStyle(),
+        Streamed(),
         {"x": ["1", "2"], "n": [1, 2]},
         tuple(ROWS),
         ROWS,
