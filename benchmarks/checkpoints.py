@@ -68,7 +68,8 @@ def main() -> None:
 
 
 def _demo(folder: Path) -> tuple[HybridTrainer, Path]:
-    run = run_demo(output=str(folder / "demo"))
+    run = run_demo(output=str(folder / "demo")).folder
+    assert run is not None
     return HybridTrainer.resume(run), run
 
 

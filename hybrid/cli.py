@@ -17,7 +17,7 @@ from hybrid.mixing import make_strategy
 from hybrid.optim import listing, listing_markdown
 from hybrid.resume import trained_config
 from hybrid.rewards import RewardError, json_spec, make_reward, reward_listing, reward_markdown, reward_schema
-from hybrid.run import CONFIG, comparison_table, summary, summary_table, write_comparison, write_report
+from hybrid.run import CONFIG, comparison_table, finished_step, summary, summary_table, write_comparison, write_report
 from hybrid.scoring import (
     COLUMNS,
     check_columns,
@@ -34,11 +34,12 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 when the thing was done, 2 for bad input, 1 for a run that had to stop (one line says why)."""
+    """Exit status: 0 when the thing was done, 2 for bad input, 1 for a run that had to stop (one line says why), and
+    128 + the signal's number (SIGINT 130, SIGTERM 143) for one that a signal ended, with its checkpoint saved."""
     args = _parser().parse_args(argv)
     _quiet_libraries()
     try:
-        args.command(args)
+        return args.command(args) or 0
     except InputError as error:
         print(f"hybrid: {error}", file=sys.stderr)
         return 2
@@ -52,7 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("hybrid: stopped", file=sys.stderr)
         return 130
-    return 0
 
 
 def _quiet_libraries() -> None:
@@ -125,18 +125,15 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. ppo.epochs=2 optimizer.lr=1e-5")
 
 
-def _demo(args: argparse.Namespace) -> None:
+def _demo(args: argparse.Namespace) -> int:
     from hybrid.demo import run_demo
 
-    _show(run_demo(output=args.output, seed=args.seed, model=args.model))
+    return _ended(run_demo(output=args.output, seed=args.seed, model=args.model))
 
 
-def _train(args: argparse.Namespace) -> None:
+def _train(args: argparse.Namespace) -> int:
     if args.resume is not None:
-        if args.config is not None:
-            raise InputError("train takes a CONFIG or --resume RUN, whose config is in its folder")
-        _run(HybridTrainer.resume(args.resume))
-        return
+        return _resume(Path(args.resume), [*([args.config] if args.config else []), *args.overrides])
     if args.config is None:
         raise InputError("train takes a CONFIG, or --resume RUN")
     config = HybridConfig.from_file(args.config, args.overrides)
@@ -145,14 +142,30 @@ def _train(args: argparse.Namespace) -> None:
     if config.data.train is None:
         raise InputError("config: data.train is missing; give a file or a Hugging Face dataset")
     config.check_training(make_strategy(config.mixing))
-    _run(HybridTrainer(_model_name(config), config=config))
+    return _run(HybridTrainer(_model_name(config), config=config))
 
 
-def _run(trainer: HybridTrainer) -> None:
+def _resume(folder: Path, overrides: Sequence[str]) -> int:
+    if any("=" not in override for override in overrides):
+        raise InputError("train takes a CONFIG or --resume RUN, whose config is in its folder")
+    if (step := finished_step(folder)) is not None:
+        print(f"{folder} is finished after step {step}: nothing is left of it")
+        _show(folder)
+        return 0
+    return _run(HybridTrainer.resume(folder, overrides))
+
+
+def _run(trainer: HybridTrainer) -> int:
     print(f"device: {trainer.policy.device}, kernels: {kernel_backend(trainer.policy.device)}")
     trainer.train()
+    return _ended(trainer)
+
+
+def _ended(trainer: HybridTrainer) -> int:
+    """Show what a run left behind; its exit status."""
     assert trainer.folder is not None
     _show(trainer.folder)
+    return 0 if trainer.stopped_by is None else 128 + trainer.stopped_by
 
 
 def _generate(args: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """The whole configuration of a run: the rooms' own dataclasses, composed, and how a file becomes one."""
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import torch
 
-from hybrid.core import InputError, parse_yaml, unknown_name
+from hybrid.core import InputError, check_seed, first_line, parse_yaml, unknown_name
 from hybrid.data import DataConfig
 from hybrid.evaluate import EvalConfig
 from hybrid.mixing import Strategy, make_strategy
@@ -28,6 +29,9 @@ def _check_device(device: str, name: str) -> None:
         kind = torch.device(device).type
     except RuntimeError:
         raise ValueError(f"{name} must be auto, cpu, cuda or cuda:N, got {device!r}") from None
+    known = ["cpu", "cuda", *(["mps"] if torch.backends.mps.is_available() else [])]
+    if kind not in known:
+        raise ValueError(f"{name} must be auto or one of {', '.join(known)}, got {device!r}")
     if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise ValueError(f"{name} is {device!r}, and this machine has {torch.cuda.device_count()} CUDA devices")
 
@@ -86,6 +90,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.output is not None:
             object.__setattr__(self, "output", str(self.output))
+        check_seed("RunConfig.seed", self.seed)
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,14 @@ class HybridConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        for section in fields(self):
+            plain: Any = get_origin(section.type) or section.type
+            value = getattr(self, section.name)
+            if plain is not Any and not isinstance(value, plain):
+                raise InputError(
+                    f"config: section {section.name!r} must be a {plain.__name__}, got {value!r:.60}; "
+                    "HybridConfig.from_dict takes nested mappings"
+                )
         make_strategy(self.mixing)
         check_optimizer(self.optimizer)
         check_scheduler(self.scheduler)
@@ -151,6 +164,8 @@ class HybridConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()) -> "HybridConfig":
         """The config that a nested mapping describes; see `from_file`."""
+        if not isinstance(values, Mapping):
+            raise InputError(f"a config must be a mapping of sections, got {values!r:.60}")
         merged = _merged(values, overrides)
         _check_keys(cls, merged, "")
         return _parsed(cls, merged)
@@ -193,6 +208,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise InputError(f"config file {str(path)!r} cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise InputError(f"config file {str(path)!r} is not YAML: {_one_line(error)}") from error
+    except (ValueError, RecursionError) as error:  # NUL in the name; a number of thousands of digits; too many brackets
+        raise InputError(f"config file {str(path)!r} cannot be read: {first_line(error)}") from error
     if not isinstance(values, dict):
         raise InputError(f"config file {str(path)!r} must hold a mapping of sections, got {type(values).__name__}")
     return values
@@ -211,7 +228,8 @@ def _merged(values: Mapping[str, Any], overrides: Sequence[str] | Mapping[str, A
             if not equals:
                 raise InputError(f"override {text!r} must look like section.key=value")
             try:
-                pairs[key.lstrip("-")] = parse_yaml(value)
+                # A leading * is a pattern of files: no override refers to an anchor.
+                pairs[key.lstrip("-")] = value if value.startswith("*") else parse_yaml(value)
             except yaml.YAMLError as error:
                 raise InputError(f"override {text!r}: {_one_line(error)}") from error
         overrides = pairs
@@ -255,6 +273,10 @@ def _check_keys(kind: type, values: Any, path: str) -> None:
                 + (f"did you mean {path + near[0]!r}?" if near else f"known: {', '.join(known)}")
             )
         hint: Any = known[key].type
+        if value is None and type(None) not in (hint, *get_args(hint)) and hint is not Any:
+            raise InputError(f"config: {path}{key} is empty; give it a value, or leave it out")
+        if isinstance(value, float) and math.isnan(value):
+            raise InputError(f"config: {path}{key} must be a number, got nan")
         if get_origin(hint) is Literal and value not in get_args(hint):
             raise InputError(f"config: {unknown_name(path + key, str(value), [str(arg) for arg in get_args(hint)])}")
         for inner in (kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and is_dataclass(kind)):

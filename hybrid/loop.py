@@ -1,6 +1,7 @@
 """The loop of a run: which step comes next, what is logged, evaluated and saved on the way."""
 
 import copy
+import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -17,6 +18,7 @@ from hybrid.rewards import RewardError
 from hybrid.run import (
     CHECKPOINTS,
     CONFIG,
+    FINISHED,
     SAMPLES,
     Checkpoints,
     RunLog,
@@ -24,6 +26,7 @@ from hybrid.run import (
     disk_errors,
     make_trackers,
     stop_requested,
+    write_file,
     write_report,
 )
 from hybrid.steps import Term, texts_of
@@ -61,7 +64,8 @@ class Progress:
 def run(trainer: Any, strategy: Strategy, progress: Progress | None = None) -> Metrics:
     """Every step of the strategy, from where `progress` stands. Returns the last evaluation.
 
-    SIGINT and SIGTERM finish the step, save a checkpoint where the run has a folder, and end the run.
+    SIGINT and SIGTERM finish the step, save a checkpoint where the run has a folder, and end the run; the trainer's
+    `stopped_by` is that signal then, else None.
     Raises RunStopped where it cannot go on: updates that are not finite, a KL beyond its limit, no memory. That and
     a reward's failure name the last good checkpoint.
     """
@@ -74,7 +78,7 @@ def run(trainer: Any, strategy: Strategy, progress: Progress | None = None) -> M
     total = None if strategy.num_steps is None else progress.first + strategy.num_steps
     kept = progress.logged if trainer.num_steps else {}
     with RunLog(folder, total_steps=total, new=not trainer.begun, kept=kept) as log:
-        trainer.begun = True
+        trainer.begun, trainer.stopped_by = True, None
         if folder is not None:
             _prepare(trainer, folder, log)
         loop = _Loop(trainer, strategy, progress, log)
@@ -93,12 +97,16 @@ def run(trainer: Any, strategy: Strategy, progress: Progress | None = None) -> M
         finally:
             trainer.updater.on_skip = None
         _finish(trainer)
+        if folder is not None and trainer.stopped_by is None:
+            with disk_errors(f"write to {str(folder / FINISHED)!r}"):
+                write_file(folder / FINISHED, json.dumps({"step": trainer.num_steps}).encode())
         return evaluation
 
 
 def _prepare(trainer: Any, folder: Path, log: RunLog) -> None:
     """The folder's config and its trackers. The log holds the folder: no other process writes there now."""
     clear_parts(folder)
+    (folder / FINISHED).unlink(missing_ok=True)
     with disk_errors(f"write to {str(folder / CONFIG)!r}"):
         trainer.config.save(folder / CONFIG)
     names, config = trainer.config.run.trackers, trainer.config.written()
@@ -165,6 +173,7 @@ class _Loop:
                 if trainer.folder is not None and exports and trainer.num_steps % exports == 0:
                     export_run(trainer)
                 if signal:
+                    trainer.stopped_by = signal
                     self.log.say(
                         f"stopped by {signal.name} after step {trainer.num_steps}; "
                         f"go on with: hybrid train --resume {trainer.folder}"

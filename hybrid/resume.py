@@ -1,5 +1,6 @@
 """The state of a trainer, and the checkpoint that holds it, so that the next step is the same."""
 
+import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,8 +12,19 @@ import torch
 
 from hybrid.config import HybridConfig
 from hybrid.core import InputError
+from hybrid.edits import check_edits
 from hybrid.models import under_adapter
-from hybrid.run import CHECKPOINTS, CONFIG, EXPORT, MANIFEST, Checkpoints, check_unlocked, load_state, save_state
+from hybrid.run import (
+    CHECKPOINTS,
+    CONFIG,
+    EXPORT,
+    MANIFEST,
+    Checkpoints,
+    check_unlocked,
+    finished_step,
+    load_state,
+    save_state,
+)
 
 __all__ = [
     "load_checkpoint",
@@ -22,6 +34,8 @@ __all__ = [
     "training_state",
     "write_checkpoint",
 ]
+
+logger = logging.getLogger(__name__)
 
 # The parts of a trainer that know their own state.
 PARTS = ("updater", "kl")
@@ -57,10 +71,12 @@ def load_checkpoint(trainer: Any, folder: Path) -> dict[str, Any]:
     return state
 
 
-def resumable(folder: Path) -> tuple[HybridConfig, Path | None]:
+def resumable(folder: Path, overrides: Sequence[str] = ()) -> tuple[HybridConfig, Path | None]:
     """The config of the run in `folder` and its newest whole checkpoint; None where it has saved none so far.
 
-    Raises InputError where there is no run, where it still goes on, and where none of its checkpoints is whole.
+    overrides: `section.key=value`, on top of the folder's config.yaml.
+    Raises InputError where there is no run, where it still goes on, where none of its checkpoints is whole, where it
+    is finished and has no checkpoint of its last step, and where a key has changed that may not (`check_edits`).
     """
     if not (folder / CONFIG).is_file():
         raise InputError(f"{str(folder)!r} holds no run: it has no {CONFIG}")
@@ -68,7 +84,17 @@ def resumable(folder: Path) -> tuple[HybridConfig, Path | None]:
     checkpoint = Checkpoints(folder / CHECKPOINTS).newest()
     if checkpoint is None and any((folder / CHECKPOINTS).glob("step-*")):
         raise InputError(f"{str(folder)!r} cannot be resumed: no checkpoint in its {CHECKPOINTS} folder is whole")
-    return HybridConfig.from_file(folder / CONFIG), checkpoint
+    config, finished = HybridConfig.from_file(folder / CONFIG, overrides), finished_step(folder)
+    if checkpoint is not None:
+        check_edits(HybridConfig.from_file(checkpoint / CONFIG), config, checkpoint)
+    if finished is not None and (checkpoint is None or checkpoint.name != f"step-{finished}"):
+        raise InputError(
+            f"{str(folder)!r} is finished after step {finished}, nothing is left of it; its model is in "
+            f"{folder / EXPORT}, and model.name={folder / EXPORT} starts a new run with it"
+        )
+    if checkpoint is None:
+        logger.warning("%s has saved no checkpoint: it starts again from step 0", folder)
+    return config, checkpoint
 
 
 def trained_config(folder: Path, overrides: Sequence[str] = ()) -> HybridConfig:
@@ -107,11 +133,17 @@ def training_state(trainer: Any) -> dict[str, Any]:
         "numpy": np.random.get_state(),
         "reward": {} if trainer.reward is None else trainer.reward.state_dict(),
         "num_steps": trainer.num_steps,
+        "data": trainer.corpus.fingerprint,
     }
 
 
 def load_training_state(trainer: Any, state: Mapping[str, Any]) -> None:
-    """Put every part back where `training_state` found it; the random streams last."""
+    """Put every part back where `training_state` found it; the random streams last.
+
+    Raises InputError where the data are not those that the state was saved with.
+    """
+    # Checkpoints of version 0.1 do not say what their data were.
+    trainer.corpus.check_fingerprint(state.get("data"))
     for name in _parts(trainer):
         getattr(trainer, name).load_state_dict(state[name])
     if trainer.reward is not None:

@@ -1,7 +1,7 @@
 """From a config to the parts of a trainer; everything that can be refused is refused before a model is loaded."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,20 +9,14 @@ import torch
 from torch import nn
 
 from hybrid.config import HybridConfig, ModelConfig, ReferenceConfig
-from hybrid.core import Batch, Encoded, Example, InputError, first_line
+from hybrid.core import Encoded, InputError, first_line
+from hybrid.corpus import Corpus
 from hybrid.data import (
     DataConfig,
     ExampleSet,
     Loader,
-    collate,
-    data_line,
-    encode,
-    encode_all,
-    encode_turns,
-    examples_from,
     filler_id,
     read_example_set,
-    read_rows,
     read_training_sets,
     split_examples,
 )
@@ -31,21 +25,21 @@ from hybrid.models import (
     Policy,
     Reference,
     add_lora,
+    check_base,
     check_packing,
     context_length,
+    is_adapted,
     recompute_activations,
     under_adapter,
 )
 from hybrid.run import check_trackers
 
 __all__ = [
-    "Corpus",
     "Loaders",
     "ReferenceLike",
     "build_loaders",
     "build_models",
     "build_policy",
-    "encoded_corpus",
     "load_tokenizer",
     "model_context",
     "random_streams",
@@ -55,49 +49,6 @@ __all__ = [
 
 
 ReferenceLike = Reference | Policy | str | Path
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """The run's examples, encoded, and how anything else the user brings becomes one."""
-
-    train: list[Encoded]
-    eval: list[Encoded]
-    ptx: list[Encoded]  # the second data set
-    tokenizer: Any
-    config: DataConfig
-    prompt_template: str  # how a bare prompt is encoded: as the training data's prompts are
-    lines: tuple[str, ...] = ()  # for the user, before training: what was taken from which data
-
-    def prompt(self, text: str) -> Encoded:
-        """A bare prompt, ready to be answered."""
-        example = Example(prompt=text)
-        return encode(example, self.tokenizer, replace(self.config, template=self.prompt_template))
-
-    def encoded(self, rows: Batch | Iterable[Any]) -> list[Encoded]:
-        """The examples of a batch, or of encoded examples, prompts, or rows as in the training data.
-
-        Rows may also come as a frame or a mapping of columns, as a torch DataLoader over a data set yields them.
-        """
-        if isinstance(rows, Batch):
-            return list(rows.examples)
-        if isinstance(rows, str):
-            raise InputError(f"expected a list of prompts or rows, got one text: [{rows!r}] is a list of one")
-        # A frame would give the names of its columns.
-        is_table = isinstance(rows, Mapping) or hasattr(rows, "__arrow_c_stream__")
-        given: list[Any] = [*(read_rows(rows) if is_table else rows)]
-        if all(isinstance(row, Encoded) for row in given):
-            return given
-        if all(isinstance(row, str) for row in given):
-            return [self.prompt(row) for row in given]
-        examples = examples_from(given, self.config)
-        return [e for example in examples for e in encode_turns(example, self.tokenizer, self.config)]
-
-    def batch(self, rows: Batch | Iterable[Any]) -> Batch:
-        """A batch to train on."""
-        if isinstance(rows, Batch):
-            return rows
-        return collate(self.encoded(rows), pad_id=filler_id(self.tokenizer))
 
 
 class Loaders(NamedTuple):
@@ -139,9 +90,18 @@ def random_streams(seed: int, device: torch.device) -> tuple[torch.Generator, to
 
 
 def resolved(
-    config: HybridConfig, policy: Any, train_data: Any, eval_data: Any, reward: Any, ptx_data: Any
+    config: HybridConfig | None, policy: Any, train_data: Any, eval_data: Any, reward: Any, ptx_data: Any
 ) -> HybridConfig:
     """The config with what was given in code put in, so that a run's config.yaml says all that can be written."""
+    config = HybridConfig() if config is None else config
+    if not isinstance(config, HybridConfig):
+        raise InputError(
+            f"config must be a HybridConfig, got {type(config).__name__}: HybridConfig.from_dict({{...}}) takes a "
+            "mapping, HybridConfig.from_file(...) a file"
+        )
+    is_model = isinstance(policy, Policy) or (isinstance(policy, nn.Module) and hasattr(policy, "config"))
+    if not (policy is None or isinstance(policy, (str, Path)) or is_model):
+        raise InputError(f"the policy must be a Policy, a transformers model or a model's name, got {policy!r:.60}")
     check_trackers(config.run.trackers, config.run.output)
     ptx = config.ptx_data
     if _is_file_name(ptx_data):
@@ -176,10 +136,19 @@ def _name_of(policy: nn.Module) -> str:
     return getattr(policy.backbone.model if isinstance(policy, Policy) else policy, "name_or_path", "")
 
 
-def load_tokenizer(policy: nn.Module | str | Path) -> Any:
-    """The tokenizer of a model's folder or hub name, or of the model that the policy was loaded from."""
+def load_tokenizer(policy: nn.Module | str | Path, given: Any = None) -> Any:
+    """The tokenizer of a model's folder or hub name, or of the model that the policy was loaded from.
+
+    given: the tokenizer itself, or the name that it is loaded by, where it is another.
+    """
     from transformers import AutoTokenizer
 
+    if isinstance(given, (str, Path)):
+        policy = given
+    elif given is not None:
+        if not callable(given) or not hasattr(given, "eos_token_id"):
+            raise InputError(f"the tokenizer must be a transformers tokenizer or a model's name, got {given!r:.60}")
+        return given
     name = _name_of(policy) if isinstance(policy, nn.Module) else str(policy)
     if not name:
         raise InputError("HybridTrainer needs a tokenizer: this policy was not loaded from a folder that has one")
@@ -232,47 +201,6 @@ def read_examples_of(
     return train, held_out, ptx
 
 
-def encoded_corpus(
-    config: HybridConfig,
-    tokenizer: Any,
-    train: ExampleSet,
-    held_out: ExampleSet,
-    ptx: ExampleSet,
-    *,
-    context: int | None,
-) -> Corpus:
-    """The examples as tokens. Raises InputError where a prompt leaves no room to answer in the model's context."""
-    data = config.data
-    sets = (("training", train, data), ("evaluation", held_out, data), ("ptx", ptx, config.ptx_data))
-    encoded = [encode_all(each.examples, tokenizer, of, what=what) if each.examples else [] for what, each, of in sets]
-    lines = [data_line(len(e), what, each.said) for e, (what, each, _) in zip(encoded, sets, strict=True) if e]
-    corpus = Corpus(
-        train=encoded[0],
-        eval=encoded[1],
-        ptx=encoded[2],
-        tokenizer=tokenizer,
-        config=data,
-        prompt_template=_prompt_template([*train.examples, *held_out.examples], data),
-        lines=tuple(lines),
-    )
-    for example in [*corpus.train, *corpus.eval]:
-        config.sampling.check_room(len(example.prompt_ids), context, prompt=example.prompt)
-    for example in [*corpus.train, *corpus.eval, *corpus.ptx]:
-        if context is not None and len(example.input_ids) > context:
-            raise InputError(
-                f"an example of {len(example.input_ids)} tokens is longer than the model's context of {context}; "
-                f"set data.max_length to {context} or less. The example: {example.prompt[:60]!r}"
-            )
-    return corpus
-
-
-def _prompt_template(examples: Sequence[Example], config: DataConfig) -> str:
-    """Dialogues go through the chat template, and plain text is continued as it is, whatever the config says."""
-    if examples and examples[0].messages:
-        return "chat"
-    return "none" if examples and not examples[0].prompt else config.template
-
-
 def build_models(
     policy: Policy | nn.Module | str | Path,
     reference: ReferenceLike | Sequence[ReferenceLike] | None,
@@ -281,12 +209,14 @@ def build_models(
 ) -> tuple[Policy, list[Reference]]:
     """The policy and its references, none of which says what the tokenizer has no token for.
 
-    Raises InputError where the whole model is frozen, where packing is asked of one that cannot keep examples apart,
-    and where the tokenizer has ids that a model has not.
+    Raises InputError where the whole model is frozen, where an adapter could not be saved alone, where packing is asked
+    of a model that cannot keep examples apart, and where the tokenizer has ids that a model has not.
     """
     made = build_policy(policy, config.model)
     if not any(parameter.requires_grad for parameter in made.backbone.parameters()):
         raise InputError("every weight of the model is frozen (requires_grad is False); set model.lora, or unfreeze it")
+    if config.run.output is not None and is_adapted(made.backbone.model):
+        check_base(made.backbone.model)
     if config.sft.packing:
         check_packing(made.backbone, config.data.max_length)
     references = build_references(reference, config.references, made)

@@ -3,12 +3,13 @@
 import copy
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 
 from hybrid.config import HybridConfig
 from hybrid.core import Batch, Encoded, InputError, Rollout
+from hybrid.corpus import encoded_corpus
 from hybrid.data import Loader
 from hybrid.evaluate import evaluate_responses, evaluate_sft
 from hybrid.loop import Progress, run
-from hybrid.mixing import Sequential, Strategy, make_strategy
+from hybrid.mixing import Sequential, Strategy, make_strategy, passes
 from hybrid.models import Policy
 from hybrid.resume import load_checkpoint, resumable, write_checkpoint
 from hybrid.rewards import make_reward
@@ -39,7 +41,6 @@ from hybrid.setup import (
     ReferenceLike,
     build_loaders,
     build_models,
-    encoded_corpus,
     load_tokenizer,
     model_context,
     random_streams,
@@ -78,7 +79,7 @@ class HybridTrainer:
             trainer.ppo_step(rollout)
 
     policy_or_name: a `Policy`, a transformers model, or a model's folder or hub name; the config's where None.
-    tokenizer: the model's own where None.
+    tokenizer: the model's own where None; or a model's name.
     train_data, eval_data, ptx_data: a file, a hub name, a datasets.Dataset, a frame, a list of dicts (docs/data.md);
         the config's where None. ptx_data is the second data set, which strategy `ptx` trains on.
     reward: a spec, a function or a `Reward`; the config's where None.
@@ -99,7 +100,7 @@ class HybridTrainer:
         reference: ReferenceLike | Sequence[ReferenceLike] | None = None,
         ptx_data: Any = None,
     ):
-        config = resolved(config or HybridConfig(), policy_or_name, train_data, eval_data, reward, ptx_data)
+        config = resolved(config, policy_or_name, train_data, eval_data, reward, ptx_data)
         source = config.model.name if policy_or_name is None else policy_or_name
         if source is None:
             raise InputError("HybridTrainer needs a model: give policy_or_name, or the config's model.name")
@@ -109,7 +110,7 @@ class HybridTrainer:
         self.folder = None if config.run.output is None else open_run_folder(config.run.output)
         examples = read_examples_of(config, train_data, eval_data, ptx_data, self.reward)
         context = model_context(source)
-        self.tokenizer = load_tokenizer(source) if tokenizer is None else tokenizer
+        self.tokenizer = load_tokenizer(source, tokenizer)
         self.corpus = encoded_corpus(config, self.tokenizer, *examples, context=context)
         # A bare prompt goes through the template that the data's prompts went through, in later commands too.
         self.config = replace(config, data=replace(config.data, template=self.corpus.prompt_template))
@@ -127,6 +128,7 @@ class HybridTrainer:
         self.sampler, self.shuffler, self.speaker = random_streams(config.run.seed, self.policy.device)
         self.num_steps = 0  # of the loop, SFT and PPO steps together
         self.begun = False  # whether the run in its folder is its own
+        self.stopped_by: Signals | None = None  # what ended the last run before its end
         self._left: tuple[Strategy, Progress] | None = None  # of a resumed run
 
     # The loop
@@ -134,31 +136,35 @@ class HybridTrainer:
     def train(self, epochs: float | None = None) -> Metrics:
         """Run the configured mixture, for `epochs` passes over the data where given. Returns the last evaluation.
 
-        Of a resumed run this is what it had left.
+        Of a resumed run this is what it had left, whose length cannot be given.
         """
         if self._left is not None:
+            if epochs is not None:
+                raise InputError(f"a resumed run takes the steps that it had left: train(), not train({epochs!r})")
             left, self._left = self._left, None
             return run(self, *left)
         if epochs is None:
             return run(self, self.strategy)
-        return run(self, self.strategy.for_epochs(epochs, *self._steps_per_epoch()))
+        return run(self, self.strategy.for_epochs(passes("epochs", epochs), len(self.loader), len(self.prompts)))
 
     def run_training(self, supervised_epochs: float = 1, rl_epochs: float = 1) -> Metrics:
         """SFT for some passes over the examples, then PPO for some passes over their prompts."""
-        sft_steps, ppo_steps = self._steps_per_epoch()
-        return run(self, Sequential(math.ceil(supervised_epochs * sft_steps), math.ceil(rl_epochs * ppo_steps)))
+        sft = passes("supervised_epochs", supervised_epochs) * len(self.loader)
+        ppo = passes("rl_epochs", rl_epochs) * len(self.prompts)
+        return run(self, Sequential(math.ceil(sft), math.ceil(ppo)))
 
     @classmethod
-    def resume(cls, folder: str | Path, **given: Any) -> "HybridTrainer":
+    def resume(cls, folder: str | Path, overrides: Sequence[str] = (), **given: Any) -> "HybridTrainer":
         """The trainer of a run that was stopped or killed, as its newest whole checkpoint has it.
 
             HybridTrainer.resume("runs/reviews").train()
 
         takes the steps that the run had left: all, before its first checkpoint. Warns of a broken one, and skips it.
+        overrides: `section.key=value` as if edited in the run's config.yaml; see `resumable` for what may change.
         given: what the run was given in code and its config.yaml cannot hold: train_data, reward, reference ...
         Raises InputError where there is no run, where it still goes on, and where no checkpoint of it is whole.
         """
-        config, checkpoint = resumable(Path(folder))
+        config, checkpoint = resumable(Path(folder), overrides)
         # The folder holds a run, which a new one would be refused.
         trainer = cls(config=replace(config, run=replace(config.run, output=None, trackers=())), **given)
         trainer.config = replace(trainer.config, run=config.run)
@@ -282,8 +288,8 @@ class HybridTrainer:
 
     def generate(self, texts: Sequence[str], sampling: SamplingConfig | None = None) -> list[str]:
         """One response for each text, which goes through the data's prompt template first."""
-        if isinstance(texts, str):
-            raise InputError(f"generate takes a list of texts, got one: [{texts!r}] is a list of one")
+        if isinstance(texts, str) or not isinstance(texts, Iterable):
+            raise InputError(f"generate takes a list of texts, got {texts!r:.60}; [text] is a list of one")
         sampling = sampling or self.config.sampling
         examples, size = [self.corpus.prompt(text) for text in texts], self.config.eval.batch_size
         answers: list[str] = []
@@ -333,8 +339,6 @@ class HybridTrainer:
     def autocast(self) -> AbstractContextManager[Any]:
         """Computation in `model.precision`; the weights keep their dtype."""
         return autocast(self.config.model.precision, self.policy.device)
-
-    # Wiring
 
     @property
     def loader(self) -> Loader:
@@ -393,6 +397,3 @@ class HybridTrainer:
         """Optimizer steps of a strategy's run; None where not known."""
         rollout = self.config.ppo.num_updates
         return strategy.num_updates({"sft": 1, "ppo": rollout, "joint": rollout})
-
-    def _steps_per_epoch(self) -> tuple[int, int]:
-        return len(self.loader), len(self.prompts)

@@ -37,7 +37,7 @@ def config(tmp_path, stories):
 def test_train_evaluates_trains_exports_and_reports(config, tmp_path, capsys):
     assert main(["train", str(config)]) == 0
     run = tmp_path / "run"
-    names = {"config.yaml", "metrics.jsonl", "samples.jsonl", "report.html", "export", "checkpoints"}
+    names = {"config.yaml", "metrics.jsonl", "samples.jsonl", "report.html", "export", "checkpoints", "finished.json"}
     assert {p.name for p in run.iterdir()} == names
     printed = capsys.readouterr().out
     assert "reward" in printed
@@ -93,6 +93,9 @@ def test_generate_takes_any_model_and_may_be_greedy(stories, capsys):
     [
         (["ppo.epoch=3"], "did you mean 'ppo.epochs'"),
         (["ppo.epochs=many"], "ppo.epochs"),
+        (["ppo.epochs="], "ppo.epochs is empty"),
+        (["ppo={epochs: 1, epochs: 2}"], "stands twice"),
+        (["run.output=a\0b"], "unacceptable character #x0000"),
         (["optimizer.lr=-1"], "optimizer.lr must be > 0"),
         (["sft.batch_size=0"], "SFTConfig.batch_size"),
         (["ppo.minibatch_size=8"], "minibatch_size must be at most batch_size"),

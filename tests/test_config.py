@@ -89,6 +89,19 @@ def test_a_number_that_yaml_takes_for_text_is_a_number(file):
         ("model:\n  lora: {}\nreferences:\n- dtype: bfloat16", r"references\[0\] is the policy's own model"),
         ("references:\n- load_in_4bit: true", "load_in_4bit needs ReferenceConfig.model"),
         ("kl:\n  in_loss: true", "KLConfig.in_loss needs kind k2 or k3"),
+        ("ppo:\n  epochs:", "ppo.epochs is empty"),
+        ("kl:\n  coef: .nan", "kl.coef must be a number, got nan"),
+        ("kl:\n  coef: .inf", "KLConfig.coef must be >= 0 and finite"),
+        ("ppo:\n  lr_factor: .inf", "PPOConfig.lr_factor must be >= 0 and finite"),
+        ("optimizer:\n  lr: true", "optimizer.lr must be a number"),
+        ("run:\n  seed: 99999999999999999999", "RunConfig.seed must lie in"),
+        ("eval:\n  seed: -99999999999999999999", "EvalConfig.seed must lie in"),
+        ("run:\n  seed: " + "9" * 5000, "cannot be read"),
+        ("run: " + "[" * 2000, "cannot be read"),
+        ("model:\n  device: meta", "must be auto or one of cpu, cuda"),
+        ("sft: {}\nppo: {}\nsft: {}", "the key 'sft' stands twice"),
+        ("ppo: {epochs: 1, epochs: 2}", "the key 'epochs' stands twice"),
+        ('{"ppo": {"epochs": 1, "epochs": 2}}', "the key 'epochs' stands twice"),
         ("- 1", "must hold a mapping"),
         ("ppo: [", "is not YAML"),
     ],
@@ -109,3 +122,7 @@ def test_a_missing_file_names_the_nearest(file):
 def test_an_override_that_is_none_is_refused(file, override):
     with pytest.raises(InputError, match="override"):
         HybridConfig.from_file(file("ppo:\n  epochs: 2"), [override])
+
+
+def test_a_pattern_of_files_is_text_in_an_override():
+    assert HybridConfig.from_dict({}, ["data.train=*.jsonl"]).data.train == "*.jsonl"

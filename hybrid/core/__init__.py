@@ -1,8 +1,17 @@
 """What every room may use: the types that travel, the registry, the error for bad input."""
 
 from hybrid.core.build import build, fits, parameters_of
-from hybrid.core.errors import InputError, RunStopped, enough_memory, first_line, is_out_of_memory, unknown_name
+from hybrid.core.errors import (
+    InputError,
+    RunStopped,
+    check_seed,
+    enough_memory,
+    first_line,
+    is_out_of_memory,
+    unknown_name,
+)
 from hybrid.core.json_text import parse_json
+from hybrid.core.quiet import no_progress_bars
 from hybrid.core.registry import Registry, load_object
 from hybrid.core.types import IGNORE, Batch, Encoded, Example, Rollout
 from hybrid.core.yaml_text import parse_yaml
@@ -17,11 +26,13 @@ __all__ = [
     "Rollout",
     "RunStopped",
     "build",
+    "check_seed",
     "enough_memory",
     "first_line",
     "fits",
     "is_out_of_memory",
     "load_object",
+    "no_progress_bars",
     "parameters_of",
     "parse_json",
     "parse_yaml",

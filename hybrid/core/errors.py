@@ -4,7 +4,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
-__all__ = ["InputError", "RunStopped", "enough_memory", "first_line", "is_out_of_memory", "unknown_name"]
+__all__ = [
+    "InputError",
+    "RunStopped",
+    "check_seed",
+    "enough_memory",
+    "first_line",
+    "is_out_of_memory",
+    "unknown_name",
+]
 
 
 class InputError(ValueError):
@@ -28,6 +36,12 @@ def unknown_name(what: str, name: str, known: Iterable[str], *, hint: str = "") 
     near = get_close_matches(name.lower(), known, n=3, cutoff=0.6)
     options = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"
     return InputError(f"unknown {what} {name!r}; {options}{' ' + hint if hint else ''}")
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Refuse a seed that torch's generators do not take."""
+    if not -(2**63) <= seed < 2**63:
+        raise InputError(f"{name} must lie in [-2^63, 2^63), got {seed}")
 
 
 def first_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid.config import HybridConfig
+from hybrid.core import check_seed
 from hybrid.data import read_rows
 from hybrid.demo.corpus import reviews
 from hybrid.demo.model import demo_model, demo_tokenizer
@@ -51,20 +52,22 @@ PRETRAINED: dict[str, Any] = TASTE | {
 }
 
 
-def run_demo(*, output: str | None = None, seed: int = 0, model: str | None = None) -> Path:
-    """Run the demo into `output` (runs/demo, or the next free runs/demo-N, where None); returns that folder.
+def run_demo(*, output: str | None = None, seed: int = 0, model: str | None = None) -> HybridTrainer:
+    """Run the demo into `output` (runs/demo, or the next free runs/demo-N, where None); returns its trainer.
 
     model: None for the built-in one, "smollm2", or a model's folder.
     """
-    folder = open_run_folder(output or _free_folder("runs/demo"))
+    check_seed("--seed", seed)
+    folder = open_run_folder(output or _free_folder("runs/demo"), beside=("data", "base"))
     data = _write_reviews(folder / "data", seed)
     if model is None:
         start, settings = _taught_model(folder, data, seed), COMMON | TASTE
     else:
         start, settings = get_smollm2() if model == "smollm2" else Path(model), COMMON | PRETRAINED
     config = _config(settings, data, seed, model=start, output=folder)
-    HybridTrainer(config=config).train()
-    return folder
+    trainer = HybridTrainer(config=config)
+    trainer.train()
+    return trainer
 
 
 def _taught_model(folder: Path, data: dict[str, str], seed: int) -> Path:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from hybrid.core import InputError, unknown_name
+from hybrid.core import InputError, check_seed, unknown_name
 from hybrid.evaluate.text import TEXT_METRICS, check_text_metrics
 from hybrid.rollout import SamplingConfig
 from hybrid.run import BETTER
@@ -37,6 +37,7 @@ class EvalConfig:
         for name, least in (("every", 0), ("num_prompts", 1), ("num_examples", 1), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"EvalConfig.{name} must be >= {least}, got {getattr(self, name)}")
+        check_seed("EvalConfig.seed", self.seed)
         if self.temperature is not None and not 0 <= self.temperature < math.inf:
             raise ValueError(f"EvalConfig.temperature must be >= 0 and finite, got {self.temperature}")
         check_text_metrics(self.text_metrics)

@@ -4,7 +4,16 @@ from hybrid.mixing.gate import Gate
 from hybrid.mixing.hint import Hint
 from hybrid.mixing.joint import Joint, Ptx
 from hybrid.mixing.order import Alternate, Sequential
-from hybrid.mixing.strategy import Kind, Plan, Source, Strategy, make_strategy, register_strategy, strategy_names
+from hybrid.mixing.strategy import (
+    Kind,
+    Plan,
+    Source,
+    Strategy,
+    make_strategy,
+    passes,
+    register_strategy,
+    strategy_names,
+)
 
 __all__ = [
     "Alternate",
@@ -18,6 +27,7 @@ __all__ = [
     "Source",
     "Strategy",
     "make_strategy",
+    "passes",
     "register_strategy",
     "strategy_names",
 ]

@@ -1,5 +1,6 @@
 """What a strategy is: it says which step comes next, and with which factors of the two losses."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -17,11 +18,19 @@ __all__ = [
     "Strategy",
     "check_range",
     "make_strategy",
+    "passes",
     "register_strategy",
     "strategy_names",
 ]
 
 Kind = Literal["sft", "ppo", "joint"]
+
+
+def passes(name: str, value: Any) -> float:
+    """So many passes over the data, or InputError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise InputError(f"{name} must be a number of passes over the data, 0 or more, got {value!r}")
+    return value
 
 
 @dataclass(frozen=True)

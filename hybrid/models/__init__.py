@@ -1,6 +1,6 @@
 """Models: the policy (trunk, LM head, value head) and the frozen references."""
 
-from hybrid.models.adapt import LoraConfig, add_lora, require, under_adapter
+from hybrid.models.adapt import LoraConfig, add_lora, check_base, is_adapted, require, under_adapter
 from hybrid.models.backbone import Backbone, context_length
 from hybrid.models.contract import check_packing
 from hybrid.models.heads import ValueHead
@@ -18,8 +18,10 @@ __all__ = [
     "ValueHead",
     "add_lora",
     "before_response",
+    "check_base",
     "check_packing",
     "context_length",
+    "is_adapted",
     "recompute_activations",
     "require",
     "response_stats",

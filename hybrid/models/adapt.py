@@ -19,6 +19,7 @@ __all__ = [
     "LoraConfig",
     "add_lora",
     "adopted",
+    "check_base",
     "four_bit_options",
     "holds_adapter",
     "is_adapted",
@@ -227,10 +228,34 @@ def save_adapter(model: Any, folder: Path) -> None:
     """Write the adapter as peft does, bit for bit: `AutoModelForCausalLM` reads the folder, over the model it names."""
     from safetensors.torch import save_file
 
+    check_base(model)
     (config,) = model.peft_config.values()
     config.save_pretrained(folder)
     state = {name: x.detach().cpu().contiguous() for name, x in _adapter_weights(model).items()}
     save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def check_base(model: Any) -> None:
+    """Refuse (InputError) a model whose adapter cannot be saved alone: the model below it is nowhere to be read from.
+
+    That is one that was made in memory, or whose embeddings were resized after it was loaded.
+    """
+    from transformers import AutoConfig
+
+    (config,) = model.peft_config.values()
+    name, rows = config.base_model_name_or_path, model.get_input_embeddings().weight.shape[0]
+    way_out = "save the model in a folder, and load it from there"
+    if not name:
+        raise InputError(f"the adapter of a model that was made in memory cannot be saved alone: {way_out}")
+    try:
+        there = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config().vocab_size
+    except (OSError, ValueError) as error:
+        raise InputError(f"the model {name!r} below the adapter is not there any more: {way_out}") from error
+    if rows != there:
+        raise InputError(
+            f"the model's embeddings have {rows} rows, and {name!r}, from which its adapter will be read again, has "
+            f"{there}: {way_out}"
+        )
 
 
 @torch.no_grad()

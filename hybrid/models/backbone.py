@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from hybrid.core import InputError, first_line
+from hybrid.core import InputError, first_line, no_progress_bars
 from hybrid.functional import soft_capped
 from hybrid.models.adapt import adopted
 from hybrid.models.contract import check_contract, logit_scale, refusing, windows
@@ -64,9 +64,10 @@ class Backbone(nn.Module):
         # Not even asked about: code that comes with a model is run for who says so in kwargs.
         options = {"trust_remote_code": False} | kwargs
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name_or_path, dtype=dtype, output_loading_info=True, **options
-            )
+            with no_progress_bars():
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    name_or_path, dtype=dtype, output_loading_info=True, **options
+                )
         except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
             message = f"model {str(name_or_path)!r} not found, or not a causal language model: {first_line(error)}"
             raise InputError(message) from error

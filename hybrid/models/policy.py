@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybrid.core import IGNORE, InputError
+from hybrid.core import IGNORE, InputError, no_progress_bars
 from hybrid.fused import TokenStats, linear_logprob
 from hybrid.models.adapt import (
     LoraConfig,
@@ -120,7 +120,7 @@ class Policy(nn.Module):
         from safetensors.torch import save_file
 
         model = self.backbone.model
-        with filled_folder(folder, stale="model*.safetensors*") as temporary:
+        with no_progress_bars(), filled_folder(folder, stale="model*.safetensors*") as temporary:
             if not is_adapted(model):
                 model.save_pretrained(temporary)
             elif merge:

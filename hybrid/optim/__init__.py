@@ -17,6 +17,7 @@ from hybrid.optim.scheduler import (
     plateau_mode,
     register_scheduler,
     scheduler_from,
+    warmup_steps,
 )
 
 __all__ = [
@@ -35,4 +36,5 @@ __all__ = [
     "register_optimizer",
     "register_scheduler",
     "scheduler_from",
+    "warmup_steps",
 ]

@@ -72,7 +72,7 @@ def _split(section: Mapping[str, Any]) -> tuple[str, float, dict[str, Any]]:
     config = lower_keys(section)
     name, lr = config.pop("name", "adamw"), config.pop("lr", 1e-5)
     try:
-        return name, float(lr), config
+        return name, float("" if isinstance(lr, bool) else lr), config
     except (TypeError, ValueError):
         raise InputError(f"optimizer.lr must be a number, got {lr!r}") from None
 

@@ -20,6 +20,7 @@ __all__ = [
     "plateau_mode",
     "register_scheduler",
     "scheduler_from",
+    "warmup_steps",
 ]
 
 Factory = Callable[..., LRScheduler | None]
@@ -83,6 +84,13 @@ def scheduler_from(
     """
     config = lower_keys(section)
     return make_scheduler(optimizer, config.pop("name", None), config, num_training_steps=num_training_steps)
+
+
+def warmup_steps(section: Mapping[str, Any], num_training_steps: int | None) -> int:
+    """Optimizer steps until the scheduler of a config section is at its full rate; 0 for one without a warm-up."""
+    config = lower_keys(section)
+    _, values = _read(config.pop("name", None), config, quiet=True)
+    return _warmup(values, _total(values, num_training_steps, None, None), None) if "warmup_ratio" in values else 0
 
 
 def check_scheduler(section: Mapping[str, Any]) -> None:

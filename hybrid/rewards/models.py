@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from hybrid.core import InputError, first_line
+from hybrid.core import InputError, first_line, no_progress_bars
 from hybrid.rewards.base import Reward
 
 __all__ = ["ModelReward", "existing_model", "pretrained", "shared"]
@@ -86,7 +86,8 @@ def pretrained(auto_class: str, name: str, device: torch.device) -> tuple[Any, A
 
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model, loading = getattr(transformers, auto_class).from_pretrained(name, output_loading_info=True)
+        with no_progress_bars():
+            model, loading = getattr(transformers, auto_class).from_pretrained(name, output_loading_info=True)
     except Exception as error:
         raise InputError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
     if missing := sorted(loading["missing_keys"]):

@@ -1,5 +1,6 @@
 """How the policy is held close to its references: the estimate, its coefficient, and where it enters."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,8 +25,8 @@ class KLConfig:
     patience: int = 3  # after so many rollouts in a row beyond `limit`
 
     def __post_init__(self) -> None:
-        if not self.coef >= 0:
-            raise ValueError(f"KLConfig.coef must be >= 0, got {self.coef}")
+        if not 0 <= self.coef < math.inf:
+            raise ValueError(f"KLConfig.coef must be >= 0 and finite, got {self.coef}")
         for name in ("target", "horizon", "limit"):
             number = getattr(self, name)
             if number is not None and not number > 0:

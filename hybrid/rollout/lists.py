@@ -34,12 +34,15 @@ def from_lists(
     Raises InputError: lists of different lengths, an empty query or response, a score or log-prob that is not
         finite, another number of them per token than the response has tokens.
     """
+    for name, given in (("queries", queries), ("responses", responses), ("scores", scores)):
+        if not isinstance(given, (Sequence, Tensor)) or isinstance(given, str):
+            raise InputError(f"step needs lists of queries, responses and scores, got {name} = {given!r:.60}")
     if not len(queries) == len(responses) == len(scores) or not len(queries):
         raise InputError(
             f"step needs as many queries as responses and scores, at least one, "
             f"got {len(queries)}, {len(responses)} and {len(scores)}"
         )
-    asked, answered = ([torch.as_tensor(ids) for ids in rows] for rows in (queries, responses))
+    asked, answered = _ids("queries", queries), _ids("responses", responses)
     for name, tensors in (("queries", asked), ("responses", answered)):
         for i, ids in enumerate(tensors):
             if ids.dim() != 1 or not len(ids) or ids.dtype.is_floating_point:
@@ -57,13 +60,23 @@ def from_lists(
     return prompt_ids.to(device), prompt_mask.to(device), answers, score.to(device)
 
 
+def _ids(name: str, rows: Sequence[Any]) -> list[Tensor]:
+    tensors = []
+    for i, row in enumerate(rows):
+        try:
+            tensors.append(torch.as_tensor(row))
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise InputError(f"{name}[{i}] must be token ids, as the tokenizer makes them, got {row!r:.60}") from error
+    return tensors
+
+
 def _numbers(name: str, rows: Sequence[Any] | Tensor) -> list[Tensor]:
     """Each row as a float32 tensor, all of them finite."""
     tensors = []
     for i, row in enumerate(rows):
         try:
             tensors.append(torch.as_tensor(row, dtype=torch.float32).detach().cpu())
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise InputError(f"{name}[{i}] must be a number or a tensor of them, got {row!r:.60}") from error
     for i, row in enumerate(tensors):
         if not row.isfinite().all():

@@ -6,7 +6,18 @@ from hybrid.run.compare import comparison_table, write_comparison
 from hybrid.run.report import BETTER, Summary, SummaryRow, summary, summary_table, write_report
 from hybrid.run.signals import stop_requested
 from hybrid.run.state_file import load_state, save_state
-from hybrid.run.track import CHECKPOINTS, CONFIG, EXPORT, SAMPLES, RunLog, check_unlocked, open_run_folder, read_jsonl
+from hybrid.run.track import (
+    CHECKPOINTS,
+    CONFIG,
+    EXPORT,
+    FINISHED,
+    SAMPLES,
+    RunLog,
+    check_unlocked,
+    finished_step,
+    open_run_folder,
+    read_jsonl,
+)
 from hybrid.run.trackers import Trackers, check_trackers, make_trackers
 
 __all__ = [
@@ -14,6 +25,7 @@ __all__ = [
     "CHECKPOINTS",
     "CONFIG",
     "EXPORT",
+    "FINISHED",
     "MANIFEST",
     "SAMPLES",
     "CheckpointConfig",
@@ -28,6 +40,7 @@ __all__ = [
     "comparison_table",
     "disk_errors",
     "filled_folder",
+    "finished_step",
     "load_state",
     "make_trackers",
     "open_run_folder",

@@ -55,6 +55,8 @@ def filled_folder(folder: str | Path, *, stale: str | None = None) -> Iterator[P
     Everything is on the disk before anything moves. Raises InputError where `folder` cannot be written.
     """
     folder = Path(folder)
+    if "\0" in str(folder):
+        raise InputError(f"cannot save to {str(folder)!r}: a path has no NUL in it")
     if folder.is_file():
         raise InputError(f"cannot save to {str(folder)!r}: it is a file")
     with disk_errors(f"save to {str(folder)!r}"):

@@ -22,6 +22,9 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 PACKAGES = ("torch", "transformers", "hybrid-trainer")
 
+# What file managers leave in folders that they show, beside hidden files.
+LITTER = {"Thumbs.db", "desktop.ini", "Icon\r", "__MACOSX"}
+
 # step-40 is a checkpoint; .step-40-WORD is on its way in or out, and no other name is ours.
 _NAME = re.compile(r"step-(0|[1-9]\d*)")
 _HIDDEN = re.compile(r"\.step-(0|[1-9]\d*)-(.+)")
@@ -46,6 +49,10 @@ class CheckpointConfig:
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise InputError(f"CheckpointConfig.{name} must be at least 1, got {number}")
+
+
+class NewerFormat(InputError):
+    """A checkpoint that is whole, and of a version that this one cannot read: never skipped, never replaced."""
 
 
 class Checkpoints:
@@ -132,6 +139,8 @@ class Checkpoints:
         for folder in folders:
             try:
                 _check_step(folder, self.verify(folder))
+            except NewerFormat:
+                raise
             except InputError as error:
                 warnings.warn(f"skipped a broken checkpoint: {error}", stacklevel=3)
             else:
@@ -227,7 +236,7 @@ def _outline(folder: Path) -> dict[str, Any]:
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise InputError(f"{str(path)!r} is broken: {first_line(error)}") from error
     if form != FORMAT:
-        raise InputError(f"{str(path)!r} has format {form!r}, known: {FORMAT}; update hybrid-trainer")
+        raise NewerFormat(f"{str(path)!r} has format {form!r}, known: {FORMAT}; update hybrid-trainer")
     files = _files(folder)
     for name in sorted(expected.keys() | files.keys()):
         if name not in files:
@@ -247,9 +256,11 @@ def _check_step(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """The files of a checkpoint by name, without its manifest."""
+    """The files of a checkpoint by name, without its manifest and what file managers leave lying about."""
     files = {}
     for path in sorted(folder.rglob("*")):
+        if path.name.startswith(".") or path.name in LITTER:
+            continue
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise InputError(f"{str(path)!r} is not a plain file: a checkpoint holds no other")
         if path.is_file() and path != folder / MANIFEST:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hybrid.core import InputError
 from hybrid.run.checkpoint import disk_errors, write_file
 from hybrid.run.curves import TRAINING, Rows, curves, finite
-from hybrid.run.track import CONFIG, METRICS, SAMPLES, read_jsonl
+from hybrid.run.track import CONFIG, METRICS, REPORT, SAMPLES, read_jsonl
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -106,7 +106,7 @@ def write_report(folder: str | Path) -> Path:
     )
     with disk_errors(f"write the report to {str(folder)!r}"):
         # A lone surrogate in a response is no UTF-8; as a character reference it shows as U+FFFD.
-        return write_file(folder / "report.html", html.encode("utf-8", errors="xmlcharrefreplace"))
+        return write_file(folder / REPORT, html.encode("utf-8", errors="xmlcharrefreplace"))
 
 
 def rows_of(folder: Path, *, until: int | None = None) -> dict[str, Rows]:

@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
@@ -23,10 +23,13 @@ __all__ = [
     "CHECKPOINTS",
     "CONFIG",
     "EXPORT",
+    "FINISHED",
     "METRICS",
+    "REPORT",
     "SAMPLES",
     "RunLog",
     "check_unlocked",
+    "finished_step",
     "open_run_folder",
     "read_jsonl",
 ]
@@ -36,15 +39,21 @@ EXPORT = "export"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+REPORT = "report.html"
+FINISHED = "finished.json"  # there while the run has nothing left to do
 
 
-def open_run_folder(path: str | Path) -> Path:
+def open_run_folder(path: str | Path, *, beside: Sequence[str] = ()) -> Path:
     """The folder for a new run, created where it is missing.
 
-    Refuses (InputError) one that already holds a run, and one that cannot be written: that is found by
-    writing, since permission bits say nothing to root.
+    beside: names of what else will be written there.
+
+    Refuses (InputError) one that already holds a run or anything that a run would overwrite, and one that cannot be
+    written: that is found by writing, since permission bits say nothing to root.
     """
     folder = Path(path).expanduser()
+    if "\0" in str(path):
+        raise InputError(f"the output folder {str(path)!r} cannot be: a path has no NUL in it")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=PART):
@@ -54,13 +63,37 @@ def open_run_folder(path: str | Path) -> Path:
             f"cannot write to the output folder {str(folder)!r}: {error.strerror}; name another one"
         ) from error
     for name in (METRICS, CONFIG):
-        # An empty one is of a run that was killed before it wrote its config.
-        if (folder / name).exists() and (folder / name).stat().st_size:
+        if _is_filled(folder / name):
             raise InputError(
                 f"the output folder {str(folder)!r} already holds a run ({name}); "
                 f"name another one with run.output=FOLDER, or go on with it: hybrid train --resume {folder}"
             )
+    for name in (SAMPLES, REPORT, FINISHED, EXPORT, CHECKPOINTS, *beside):
+        if _is_filled(folder / name):
+            raise InputError(
+                f"the output folder {str(folder)!r} holds {name!r}, which a run would overwrite; name another one with "
+                "run.output=FOLDER"
+            )
     return folder
+
+
+def _is_filled(path: Path) -> bool:
+    """Whether there is something that could be lost. An empty file is of a run that was killed before it began."""
+    if path.is_dir():
+        return any(path.iterdir())
+    return path.exists() and path.stat().st_size > 0
+
+
+def finished_step(folder: Path) -> int | None:
+    """The last step of the run in `folder`, where it has taken all of them; None while some are left."""
+    try:
+        return int(json.loads((folder / FINISHED).read_bytes())["step"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise InputError(
+            f"{str(folder / FINISHED)!r} is broken ({error}); delete it where the run is to go on"
+        ) from error
 
 
 def check_unlocked(folder: Path) -> None:

@@ -87,8 +87,8 @@ class PPOConfig:
             if number is not None and not number > 0:
                 raise ValueError(f"PPOConfig.{name} must be > 0, got {number}")
         for name in ("lr_factor", "value_coef", "entropy_coef"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"PPOConfig.{name} must be >= 0, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"PPOConfig.{name} must be >= 0 and finite, got {getattr(self, name)}")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"PPOConfig.{name} must lie in [0, 1], got {getattr(self, name)}")

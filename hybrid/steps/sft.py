@@ -1,5 +1,6 @@
 """The supervised step: a batch in, a loss out. No optimizer in here."""
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -28,8 +29,8 @@ class SFTConfig:
             raise ValueError(f"SFTConfig.batch_size must be >= 1, got {self.batch_size}")
         if self.microbatch_size is not None and self.microbatch_size < 1:
             raise ValueError(f"SFTConfig.microbatch_size must be >= 1, got {self.microbatch_size}")
-        if not self.lr_factor >= 0:
-            raise ValueError(f"SFTConfig.lr_factor must be >= 0, got {self.lr_factor}")
+        if not 0 <= self.lr_factor < math.inf:
+            raise ValueError(f"SFTConfig.lr_factor must be >= 0 and finite, got {self.lr_factor}")
         if self.packing and self.token_weight == "markov":
             raise ValueError(
                 "SFTConfig.token_weight 'markov' counts a row's tokens, so SFTConfig.packing must be false"

@@ -1,5 +1,6 @@
 """The one optimizer of both phases, its scheduler, and the watch over steps that had to be skipped."""
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,12 +9,14 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from hybrid.core import RunStopped, unknown_name
-from hybrid.optim import optimizer_from, scheduler_from
+from hybrid.optim import optimizer_from, scheduler_from, warmup_steps
 from hybrid.steps.accumulate import Term
 from hybrid.steps.precision import Precision, grad_scaler
 from hybrid.steps.update import GradientConfig, update
 
 __all__ = ["Updater"]
+
+logger = logging.getLogger(__name__)
 
 
 class Updater:
@@ -46,20 +49,32 @@ class Updater:
         self._made: list[LRScheduler | None] = []  # empty until the first use fixes the run's length
 
     def begin(self, num_updates: int | None) -> None:
-        """A run of so many optimizer steps: the scheduler starts anew, from the rates that it started from."""
+        """A run of so many optimizer steps: the scheduler starts anew, from the rates that it started from.
+
+        Warns of a warm-up that the run does not outlast.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = group.get("initial_lr", group["lr"])
         self.num_updates = num_updates
         self._made.clear()
+        warmup = warmup_steps(self._section, self._length)
+        if num_updates is not None and 0 < num_updates <= warmup:
+            logger.warning(
+                "the scheduler warms up for %d optimizer steps, and this run makes %d: the learning rate never reaches "
+                "optimizer.lr; lower scheduler.num_warmup_steps, or give scheduler.warmup_ratio", warmup, num_updates
+            )  # fmt: skip
+
+    @property
+    def _length(self) -> int | None:
+        """The run's, where the section does not give one of its own, which goes before it."""
+        given = {key.lower() for key in self._section} & {"num_training_steps", "steps_per_epoch"}
+        return None if given else self.num_updates
 
     @property
     def scheduler(self) -> LRScheduler | None:
         """The scheduler over `num_updates` steps as they stand when it is first used."""
         if not self._made:
-            # The section's own length, where it gives one, goes before the run's.
-            given = {key.lower() for key in self._section} & {"num_training_steps", "steps_per_epoch"}
-            length = None if given else self.num_updates
-            self._made.append(scheduler_from(self.optimizer, self._section, num_training_steps=length))
+            self._made.append(scheduler_from(self.optimizer, self._section, num_training_steps=self._length))
         return self._made[0]
 
     def __call__(self, terms: Sequence[Term[Any]], *, lr_factor: float = 1.0) -> dict[str, float]:

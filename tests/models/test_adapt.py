@@ -300,3 +300,17 @@ def test_a_reference_may_be_4_bit(stories, tokens):
     policy = Policy.from_pretrained(stories, lora=LORA, load_in_4bit=True).eval()
     reference = Reference.from_pretrained(stories, load_in_4bit=True)
     assert torch.equal(reference.hidden(*tokens), policy(*tokens).hidden)
+
+
+def test_an_adapter_whose_model_could_not_be_read_again_is_not_saved_alone(base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(model.config.vocab_size + 8)
+    policy = Policy(model)
+    add_lora(policy.backbone.model, LORA)
+    with pytest.raises(InputError, match=r"embeddings have 105 rows, and .* has 97: save the model in a folder"):
+        policy.save_pretrained(tmp_path / "alone", merge=False)
+    assert not (tmp_path / "alone").exists()
+    policy.save_pretrained(tmp_path / "merged")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.vocab_size == 105
+    with pytest.raises(InputError, match="made in memory cannot be saved alone"):
+        adapted().save_pretrained(tmp_path / "alone", merge=False)

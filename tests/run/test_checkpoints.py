@@ -174,6 +174,22 @@ def test_newer_format_is_refused_with_the_way_out(tmp_path, monkeypatch):
         Checkpoints.verify(folder)
 
 
+def test_checkpoint_of_a_newer_format_is_never_skipped(tmp_path, monkeypatch):
+    checkpoints = filled(tmp_path, 10)
+    monkeypatch.setattr("hybrid.run.checkpoints.FORMAT", 2)
+    checkpoints.save(20, writer(20))
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=r"step-20.*has format 2, known: 1; update"):
+        checkpoints.newest()
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "model/._weights.bin", "Thumbs.db", "model/desktop.ini"])
+def test_what_file_managers_leave_lying_about_is_not_of_the_checkpoint(tmp_path, name, no_warnings):
+    checkpoints = filled(tmp_path, 10, 20)
+    (tmp_path / "step-20" / name).write_text("litter")
+    assert checkpoints.newest() == tmp_path / "step-20"
+
+
 def test_renamed_checkpoint_is_not_taken_for_another_step(tmp_path):
     checkpoints = filled(tmp_path, 10)
     shutil.copytree(tmp_path / "step-10", tmp_path / "step-99")

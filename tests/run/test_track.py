@@ -131,6 +131,21 @@ def test_folder_that_holds_a_run_is_refused(tmp_path, name):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs /proc")
+@pytest.mark.parametrize("name", ["report.html", "samples.jsonl", "export/README.md", "checkpoints/notes.txt"])
+def test_folder_with_a_file_that_a_run_would_overwrite_is_refused(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=f"holds '{name.partition('/')[0]}', which a run would overwrite"):
+        open_run_folder(tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_folder_of_other_files_is_taken(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "checkpoints").mkdir()
+    assert open_run_folder(tmp_path) == tmp_path
+
+
 def test_folder_that_even_root_cannot_create_is_refused():
     with pytest.raises(InputError, match="cannot write to the output folder '/proc/run'"):
         open_run_folder("/proc/run")
