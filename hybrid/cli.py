@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
     reward = commands.add_parser("reward", help="score a file of responses; list the types; print their JSON Schema")
     reward.add_argument("spec", nargs="?", metavar="SPEC", help="a JSON or YAML file, or the JSON itself")
-    reward.add_argument("file", nargs="?", metavar="FILE", help="the responses: JSONL, JSON or CSV")
+    reward.add_argument("file", nargs="?", metavar="FILE", help="the responses: JSONL, JSON, CSV, Parquet, ...")
     for role, column in COLUMNS.items():
         reward.add_argument(f"--{role}", default=column, metavar="COLUMN", help=f"default: {column}")
     reward.add_argument("--output", metavar="FILE", help="write every row with its scores, .jsonl or .csv")

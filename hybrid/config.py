@@ -228,7 +228,8 @@ def _merged(values: Mapping[str, Any], overrides: Sequence[str] | Mapping[str, A
             if not equals:
                 raise InputError(f"override {text!r} must look like section.key=value")
             try:
-                pairs[key.lstrip("-")] = parse_yaml(value)
+                # A leading * is a pattern of files: no override refers to an anchor.
+                pairs[key.lstrip("-")] = value if value.startswith("*") else parse_yaml(value)
             except yaml.YAMLError as error:
                 raise InputError(f"override {text!r}: {_one_line(error)}") from error
         overrides = pairs

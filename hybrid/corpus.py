@@ -10,7 +10,18 @@ from typing import Any
 
 from hybrid.config import HybridConfig
 from hybrid.core import Batch, Encoded, Example, InputError
-from hybrid.data import DataConfig, collate, encode, encode_all, encode_turns, examples_from, filler_id
+from hybrid.data import (
+    DataConfig,
+    ExampleSet,
+    collate,
+    data_line,
+    encode,
+    encode_all,
+    encode_turns,
+    examples_from,
+    filler_id,
+    read_rows,
+)
 
 __all__ = ["Corpus", "encoded_corpus"]
 
@@ -25,6 +36,7 @@ class Corpus:
     tokenizer: Any
     config: DataConfig
     prompt_template: str  # how a bare prompt is encoded: as the training data's prompts are
+    lines: tuple[str, ...] = ()  # for the user, before training: what was taken from which data
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
@@ -52,27 +64,22 @@ class Corpus:
     def encoded(self, rows: Batch | Iterable[Any]) -> list[Encoded]:
         """The examples of a batch, or of encoded examples, prompts, or rows as in the training data.
 
-        Rows may also come as one mapping of columns, as a torch DataLoader over a data set yields them.
+        Rows may also come as a frame or a mapping of columns, as a torch DataLoader over a data set yields them.
         """
         if isinstance(rows, Batch):
             return list(rows.examples)
         if isinstance(rows, str):
             raise InputError(f"expected a list of prompts or rows, got one text: [{rows!r}] is a list of one")
-        if isinstance(rows, Mapping):
-            if not all(isinstance(column, (list, tuple)) for column in rows.values()):
-                raise InputError("expected a list of rows, or a mapping of columns to lists, got one row")
-            if len({len(column) for column in rows.values()}) > 1:
-                lengths = ", ".join(f"{name} {len(column)}" for name, column in rows.items())
-                raise InputError(f"a mapping of columns needs as many values in each, got {lengths}")
-            rows = [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
         if not isinstance(rows, Iterable):
             raise InputError(f"expected a list of prompts or rows, got {rows!r:.60}")
-        rows = list(rows)
-        if all(isinstance(row, Encoded) for row in rows):
-            return rows
-        if all(isinstance(row, str) for row in rows):
-            return [self.prompt(row) for row in rows]
-        examples = examples_from(rows, self.config)
+        # A frame would give the names of its columns.
+        is_table = isinstance(rows, Mapping) or hasattr(rows, "__arrow_c_stream__")
+        given: list[Any] = [*(read_rows(rows) if is_table else rows)]
+        if all(isinstance(row, Encoded) for row in given):
+            return given
+        if all(isinstance(row, str) for row in given):
+            return [self.prompt(row) for row in given]
+        examples = examples_from(given, self.config)
         return [e for example in examples for e in encode_turns(example, self.tokenizer, self.config)]
 
     def batch(self, rows: Batch | Iterable[Any]) -> Batch:
@@ -85,21 +92,25 @@ class Corpus:
 def encoded_corpus(
     config: HybridConfig,
     tokenizer: Any,
-    train: Sequence[Example],
-    held_out: Sequence[Example],
-    ptx: Sequence[Example] = (),
+    train: ExampleSet,
+    held_out: ExampleSet,
+    ptx: ExampleSet,
     *,
     context: int | None,
 ) -> Corpus:
     """The examples as tokens. Raises InputError where a prompt leaves no room to answer in the model's context."""
     data = config.data
+    sets = (("training", train, data), ("evaluation", held_out, data), ("ptx", ptx, config.ptx_data))
+    encoded = [encode_all(each.examples, tokenizer, of, what=what) if each.examples else [] for what, each, of in sets]
+    lines = [data_line(len(e), what, each.said) for e, (what, each, _) in zip(encoded, sets, strict=True) if e]
     corpus = Corpus(
-        train=encode_all(train, tokenizer, data, what="training") if train else [],
-        eval=encode_all(held_out, tokenizer, data, what="evaluation") if held_out else [],
-        ptx=encode_all(ptx, tokenizer, config.ptx_data, what="ptx") if ptx else [],
+        train=encoded[0],
+        eval=encoded[1],
+        ptx=encoded[2],
         tokenizer=tokenizer,
         config=data,
-        prompt_template=_prompt_template([*train, *held_out], data),
+        prompt_template=_prompt_template([*train.examples, *held_out.examples], data),
+        lines=tuple(lines),
     )
     for example in [*corpus.train, *corpus.eval]:
         config.sampling.check_room(len(example.prompt_ids), context, prompt=example.prompt)

@@ -76,7 +76,7 @@ def resumable(folder: Path, overrides: Sequence[str] = ()) -> tuple[HybridConfig
 
     overrides: `section.key=value`, on top of the folder's config.yaml.
     Raises InputError where there is no run, where it still goes on, where none of its checkpoints is whole, where it
-    is finished and has no checkpoint of its last step, and where a key has changed that may not (`check_edits`).
+    is finished and has none, and where a key has changed that may not (`check_edits`).
     """
     if not (folder / CONFIG).is_file():
         raise InputError(f"{str(folder)!r} holds no run: it has no {CONFIG}")
@@ -87,7 +87,7 @@ def resumable(folder: Path, overrides: Sequence[str] = ()) -> tuple[HybridConfig
     config, finished = HybridConfig.from_file(folder / CONFIG, overrides), finished_step(folder)
     if checkpoint is not None:
         check_edits(HybridConfig.from_file(checkpoint / CONFIG), config, checkpoint)
-    if finished is not None and (checkpoint is None or checkpoint.name != f"step-{finished}"):
+    if finished is not None and checkpoint is None:
         raise InputError(
             f"{str(folder)!r} is finished after step {finished}, nothing is left of it; its model is in "
             f"{folder / EXPORT}, and model.name={folder / EXPORT} starts a new run with it"

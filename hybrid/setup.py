@@ -9,9 +9,17 @@ import torch
 from torch import nn
 
 from hybrid.config import HybridConfig, ModelConfig, ReferenceConfig
-from hybrid.core import Encoded, Example, InputError, first_line
+from hybrid.core import Encoded, InputError, first_line
 from hybrid.corpus import Corpus
-from hybrid.data import DataConfig, Loader, filler_id, read_examples, split_examples
+from hybrid.data import (
+    DataConfig,
+    ExampleSet,
+    Loader,
+    filler_id,
+    read_example_set,
+    read_training_sets,
+    split_examples,
+)
 from hybrid.mixing import make_strategy
 from hybrid.models import (
     Policy,
@@ -52,10 +60,12 @@ class Loaders(NamedTuple):
 
 
 def build_loaders(config: HybridConfig, corpus: Corpus) -> Loaders:
-    """The run's loaders. Raises InputError without data."""
+    """The run's loaders; prints what its data are. Raises InputError without data."""
     examples = corpus.train
     if not examples:
         raise InputError("training needs data: give HybridTrainer(train_data=...) or the config's data.train")
+    for line in corpus.lines:
+        print(line, flush=True)
     seed, pad_id = config.run.seed, filler_id(corpus.tokenizer)
 
     def supervised(examples: list[Encoded], data: DataConfig, seed: int) -> Loader:
@@ -162,25 +172,32 @@ def model_context(policy: nn.Module | str | Path) -> int | None:
 
 def read_examples_of(
     config: HybridConfig, train_data: Any = None, eval_data: Any = None, ptx_data: Any = None, reward: Any = None
-) -> tuple[list[Example], list[Example], list[Example]]:
+) -> tuple[ExampleSet, ExampleSet, ExampleSet]:
     """(training, held-out, second) examples of a run, from what is given or the config names; none at all is fine.
 
+    Training data with splits bring their held-out data along, where neither eval data nor data.eval_fraction is given.
     Raises InputError where the reward cannot score them.
     """
     data, seed = config.data, config.run.seed
     train_data = data.train if train_data is None else train_data
     eval_data = data.eval if eval_data is None else eval_data
     ptx_data = config.ptx_data.train if ptx_data is None else ptx_data
-    train = [] if train_data is None else read_examples(train_data, data, seed=seed)
-    held_out = [] if eval_data is None else read_examples(eval_data, data, seed=seed)
-    ptx = [] if ptx_data is None else read_examples(ptx_data, config.ptx_data, seed=seed)
+    train = held_out = ptx = ExampleSet([], "")
+    if train_data is not None:
+        hold_out = eval_data is None and not data.eval_fraction
+        train, held_out = read_training_sets(train_data, data, seed=seed, hold_out=hold_out)
+    if eval_data is not None:
+        held_out = read_example_set(eval_data, data, seed=seed)
+    if ptx_data is not None:
+        ptx, _ = read_training_sets(ptx_data, config.ptx_data, seed=seed, hold_out=False)
     if reward is not None:
-        for what, examples in (("training examples", train), ("held-out examples", held_out)):
+        for what, examples in (("training examples", train.examples), ("held-out examples", held_out.examples)):
             targets, items = [e.target for e in examples], [e.item for e in examples]
             reward.check_data(targets, items, what=what, hint="name its column with data.target")
-    if eval_data is not None:
-        return train, held_out, ptx
-    train, held_out = split_examples(train, data.eval_fraction, seed=seed) if train else ([], [])
+    if eval_data is None and data.eval_fraction and train.examples:
+        left, taken = split_examples(train.examples, data.eval_fraction, seed=seed)
+        train = replace(train, examples=left)
+        held_out = ExampleSet(taken, f" (data.eval_fraction = {data.eval_fraction} of the same)")
     return train, held_out, ptx
 
 
@@ -192,8 +209,8 @@ def build_models(
 ) -> tuple[Policy, list[Reference]]:
     """The policy and its references, none of which says what the tokenizer has no token for.
 
-    Raises InputError where the whole model is frozen, where an adapter could not be saved alone, where packing is asked of one that cannot keep examples apart,
-    and where the tokenizer has ids that a model has not.
+    Raises InputError where the whole model is frozen, where an adapter could not be saved alone, where packing is asked
+    of a model that cannot keep examples apart, and where the tokenizer has ids that a model has not.
     """
     made = build_policy(policy, config.model)
     if not any(parameter.requires_grad for parameter in made.backbone.parameters()):

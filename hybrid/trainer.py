@@ -80,8 +80,8 @@ class HybridTrainer:
 
     policy_or_name: a `Policy`, a transformers model, or a model's folder or hub name; the config's where None.
     tokenizer: the model's own where None; or a model's name.
-    train_data, eval_data, ptx_data: a file, a hub name, a datasets.Dataset or a list of dicts; the config's where
-        None. ptx_data is the second data set, which strategy `ptx` trains on.
+    train_data, eval_data, ptx_data: a file, a hub name, a datasets.Dataset, a frame, a list of dicts (docs/data.md);
+        the config's where None. ptx_data is the second data set, which strategy `ptx` trains on.
     reward: a spec, a function or a `Reward`; the config's where None.
     reference: a `Reference`, a policy to copy, a model's name, or several; the config's (a frozen copy of the
         policy) where None.

@@ -122,3 +122,7 @@ def test_a_missing_file_names_the_nearest(file):
 def test_an_override_that_is_none_is_refused(file, override):
     with pytest.raises(InputError, match="override"):
         HybridConfig.from_file(file("ppo:\n  epochs: 2"), [override])
+
+
+def test_a_pattern_of_files_is_text_in_an_override():
+    assert HybridConfig.from_dict({}, ["data.train=*.jsonl"]).data.train == "*.jsonl"

@@ -268,6 +268,12 @@ def test_columns_as_a_torch_loader_yields_them_are_rows(stories):
     assert trainer.sft_step(columns)["num_tokens"] > 0
 
 
+def test_a_frame_is_its_rows_and_not_its_columns_names(stories):
+    import pandas
+
+    assert make(stories).rollout(pandas.DataFrame(ROWS[:2])).prompts == tuple(row["prompt"] for row in ROWS[:2])
+
+
 def test_a_plain_model_and_a_named_reference_will_do(stories):
     from transformers import AutoModelForCausalLM
 

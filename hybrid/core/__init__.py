@@ -10,6 +10,7 @@ from hybrid.core.errors import (
     is_out_of_memory,
     unknown_name,
 )
+from hybrid.core.json_text import parse_json
 from hybrid.core.quiet import no_progress_bars
 from hybrid.core.registry import Registry, load_object
 from hybrid.core.types import IGNORE, Batch, Encoded, Example, Rollout
@@ -33,6 +34,7 @@ __all__ = [
     "load_object",
     "no_progress_bars",
     "parameters_of",
+    "parse_json",
     "parse_yaml",
     "unknown_name",
 ]

@@ -61,8 +61,8 @@ class Encoded:
 
     @property
     def has_target(self) -> bool:
-        """Whether a supervised step can learn anything from it."""
-        return any(label != IGNORE for label in self.labels)
+        """Whether a supervised step can learn anything from it: nothing predicts the first token."""
+        return any(label != IGNORE for label in self.labels[1:])
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,15 @@
 
 from hybrid.data.config import DataConfig
 from hybrid.data.encode import encode, encode_all, encode_turns
-from hybrid.data.examples import examples_from, read_examples, split_examples
+from hybrid.data.examples import (
+    ExampleSet,
+    data_line,
+    examples_from,
+    read_example_set,
+    read_examples,
+    read_training_sets,
+    split_examples,
+)
 from hybrid.data.loader import Loader
 from hybrid.data.pack import collate, filler_id, left_pad, pack
 from hybrid.data.read import read_rows
@@ -10,8 +18,10 @@ from hybrid.data.template import prompt_text
 
 __all__ = [
     "DataConfig",
+    "ExampleSet",
     "Loader",
     "collate",
+    "data_line",
     "encode",
     "encode_all",
     "encode_turns",
@@ -20,7 +30,9 @@ __all__ = [
     "left_pad",
     "pack",
     "prompt_text",
+    "read_example_set",
     "read_examples",
     "read_rows",
+    "read_training_sets",
     "split_examples",
 ]

@@ -5,24 +5,24 @@ from typing import Literal, get_args
 
 __all__ = ["DataConfig", "Format"]
 
-Format = Literal["auto", "json", "jsonl", "csv", "text", "hf"]
+Format = Literal["auto", "json", "jsonl", "csv", "text", "parquet", "arrow", "hf"]
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """The data of a run.
 
-    Columns that are not named are found: `prompt` with `target`, else `messages`, `text`, or `prompt` alone.
+    Columns that are not named are found by the layouts of `hybrid.data.layouts`; docs/data.md shows them.
     """
 
-    train: str | list[str] | None = None  # a file or several, or a Hugging Face dataset: "name" or "name:split"
+    train: str | list[str] | None = None  # files, patterns, folders, or Hugging Face datasets: "name" or "name:split"
     eval: str | list[str] | None = None  # the same, held out
     eval_fraction: float = 0.0  # share of the training rows to hold out where there is no eval
     format: Format = "auto"  # auto: by the file's suffix; without one, a Hugging Face dataset
-    prompt: str | None = None  # column; without a target column, its rows serve rollouts only
+    prompt: str | None = None  # column of texts or messages; without a target column, they serve rollouts only
     target: str | None = None  # column of the answers wanted
     text: str | None = None  # column of plain text: all of it is trained, its beginning is the prompt
-    messages: str | None = None  # column of dialogues: the assistant's turns are trained
+    messages: str | None = None  # column of dialogues, also ShareGPT's: the assistant's turns are trained
     template: str = "default"  # default, none, chat (the tokenizer's), or your own text with {prompt} in it
     system: str | None = None  # system message that the chat template starts with
     prompt_tokens: int = 8  # plain text: its leading tokens that a rollout starts from

@@ -69,7 +69,8 @@ def _located(example: Example, tokenizer: Any, config: DataConfig) -> list[Encod
     try:
         return encode_turns(example, tokenizer, config)
     except InputError as error:
-        raise InputError(f"{error}. The example: {example.prompt or example.target!r:.60}") from error
+        shown = example.prompt or example.target or list(example.input_ids)
+        raise InputError(f"{error}. The example: {shown!r:.60}") from error
 
 
 def _encode_pair(example: Example, tokenizer: Any, config: DataConfig) -> Encoded:

@@ -1,53 +1,126 @@
-"""From rows to examples: which column is what, which rows are kept, in which order."""
+"""From rows to examples: which rows are kept, in which order, and one line that says what was taken."""
 
 import logging
 import random
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from hybrid.core import Example, InputError, load_object, unknown_name
+from hybrid.core import IGNORE, Example, InputError, first_line, load_object
 from hybrid.data.config import DataConfig
-from hybrid.data.read import read_rows
+from hybrid.data.files import Part
+from hybrid.data.folders import HELD_OUT
+from hybrid.data.layouts import columns_of, layout_of, listed
+from hybrid.data.read import read_parts, read_rows, splits_of
 
-__all__ = ["examples_from", "read_examples", "split_examples"]
+__all__ = [
+    "ExampleSet",
+    "data_line",
+    "examples_from",
+    "read_example_set",
+    "read_examples",
+    "read_training_sets",
+    "split_examples",
+]
 
 logger = logging.getLogger(__name__)
 
-ROLES = ("system", "user", "assistant", "tool")
+# A row, and its place in messages.
+Placed = tuple[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class ExampleSet:
+    """The examples of one source.
+
+    said: where they are from, which column is what, and what is not used.
+    num_blank: plain texts that were left out, having nothing in them.
+    """
+
+    examples: list[Example]
+    said: str
+    num_blank: int = 0
 
 
 def read_examples(source: Any, config: DataConfig, *, seed: int = 0) -> list[Example]:
     """The examples of a source (see `read_rows`), filtered, shuffled and limited as the config says.
 
     The order is a pure function of the rows and the seed. Plain text rows that are blank are left out and counted.
-    Raises InputError where no row is left, and what `examples_from` refuses.
+    What was taken is logged. Raises InputError where no row is left, and what `examples_from` refuses.
     """
-    name = str(source) if isinstance(source, str) else "data"
-    numbered = list(enumerate(read_rows(source, format=config.format), start=1))
+    read = read_example_set(source, config, seed=seed)
+    level = logging.WARNING if read.num_blank else logging.INFO
+    logger.log(level, data_line(len(read.examples), "", read.said))
+    return read.examples
+
+
+def read_example_set(source: Any, config: DataConfig, *, seed: int = 0, name: str = "data") -> ExampleSet:
+    """`read_examples`, with what there is to say of them.   name: what an object in memory is called in messages."""
+    parts = read_parts(source, format=config.format, name=name)
+    title = _title(parts)
+    placed: list[Placed] = [
+        (f"{part.name}, row {i}", row) for part in parts for i, row in enumerate(part.rows, start=1)
+    ]
+    notes = []
     if config.filter is not None:
-        keep, before = load_object(config.filter, what="DataConfig.filter"), len(numbered)
-        numbered = [(number, row) for number, row in numbered if keep(row)]
-        if not numbered:
-            raise InputError(f"{name}: DataConfig.filter = {config.filter!r} keeps none of {before} rows")
-    mapped = _mapped(numbered, config, name)
-    examples = [e for e in mapped if e.prompt or e.target.strip()]
+        kept = _filtered(placed, config.filter)
+        if not kept:
+            raise InputError(f"{title}: DataConfig.filter = {config.filter!r} keeps none of {len(placed)} rows")
+        notes.append(f"data.filter kept {len(kept):,} of {len(placed):,} rows")
+        placed = kept
+    mapped, said = _mapped(placed, config, title)
+    examples = [e for e in mapped if e.prompt or e.input_ids or e.target.strip()]
     if not examples:
-        raise InputError(f"{name}: all {len(mapped)} rows are blank")
-    if len(examples) < len(mapped):
-        logger.warning("%s: left out %d of %d rows, which are blank", name, len(mapped) - len(examples), len(mapped))
+        raise InputError(f"{title}: all {len(mapped)} rows are blank")
+    num_blank = len(mapped) - len(examples)
+    if num_blank:
+        notes.append(f"left out {num_blank:,} blank {'row' if num_blank == 1 else 'rows'}")
+    if num_prompts := sum(not _has_target(example) for example in examples):
+        notes.append(f"{num_prompts:,} without a target, for rollouts only")
     if config.shuffle:
         random.Random(seed).shuffle(examples)
-    return examples[: config.limit]
+    if config.limit is not None and config.limit < len(examples):
+        notes.append(f"the first {config.limit:,} of {len(examples):,} (data.limit)")
+    of = "" if title == "data" else f" of {title}"
+    return ExampleSet(examples[: config.limit], "; ".join([f"{of}: {said}", *notes]), num_blank)
+
+
+def data_line(count: int, what: str, said: str) -> str:
+    """The line that tells a user what was taken: "data: 1,482 training examples of reviews.jsonl: prompt = …"."""
+    return f"data: {count:,} {what}{' ' if what else ''}{'example' if count == 1 else 'examples'}{said}"
 
 
 def examples_from(rows: Iterable[Mapping[str, Any]], config: DataConfig) -> list[Example]:
-    """One example for each row, in their order, by the config's columns.
+    """One example for each row, in their order, by the config's columns, or else by what all the columns are.
 
     Raises InputError, with the row's number: a missing column, a value that is not text (numbers become text),
-    an empty prompt, a dialogue that is not a list of {"role", "content"} ending with the assistant.
+    an empty prompt, a dialogue that is not a list of {"role", "content"} with a user's turn to answer.
     """
-    return _mapped(list(enumerate(read_rows(rows), start=1)), config, "data")
+    placed = [(f"data, row {i}", row) for i, row in enumerate(read_rows(rows), start=1)]
+    return _mapped(placed, config, "data")[0]
+
+
+def read_training_sets(
+    source: Any, config: DataConfig, *, seed: int = 0, hold_out: bool = True
+) -> tuple[ExampleSet, ExampleSet]:
+    """(training, held-out) examples of a source: of one with splits `train`, and the first of HELD_OUT that is there.
+
+    hold_out: whether to read that one.   Raises InputError where no split is called train.
+    """
+    splits = splits_of(source, format=config.format)
+    if splits is None:
+        return read_example_set(source, config, seed=seed), ExampleSet([], "")
+    if "train" not in splits:
+        names = ", ".join(map(repr, splits))
+        raise InputError(f"the data has no split 'train', and has {names}; choose one of them")
+    held_out = next((name for name in HELD_OUT if hold_out and name in splits), None)
+    unused = [repr(name) for name in splits if name not in ("train", held_out)]
+    train = read_example_set(splits["train"], config, seed=seed, name="split 'train'")
+    train = replace(train, said=train.said + (f"; unused splits: {', '.join(unused)}" if unused else ""))
+    if held_out is None:
+        return train, ExampleSet([], "")
+    read = read_example_set(splits[held_out], config, seed=seed, name=f"split {held_out!r}")
+    return train, replace(read, said=read.said + ("; no split is called validation" if held_out == "test" else ""))
 
 
 def split_examples(examples: Sequence[Example], fraction: float, *, seed: int) -> tuple[list[Example], list[Example]]:
@@ -63,72 +136,48 @@ def split_examples(examples: Sequence[Example], fraction: float, *, seed: int) -
     return train, [examples[i] for i in sorted(held_out)]
 
 
-def _mapped(numbered: Sequence[tuple[int, Mapping[str, Any]]], config: DataConfig, name: str) -> list[Example]:
-    config = _with_columns(config, numbered[0][1], name)
-    return [_example(row, config, f"{name}, row {number}") for number, row in numbered]
+def _filtered(placed: Sequence[Placed], name: str) -> list[Placed]:
+    try:
+        keep: Callable[[Mapping[str, Any]], Any] = load_object(name, what="DataConfig.filter")
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"DataConfig.filter = {name!r} raised {type(error).__name__} when imported: {first_line(error)}"
+        ) from error
+    if not callable(keep):
+        raise InputError(f"DataConfig.filter = {name!r} must be a function, got {type(keep).__name__}")
+    return [(place, row) for place, row in placed if _keeps(keep, row, f"{place}: DataConfig.filter = {name!r}")]
 
 
-def _with_columns(config: DataConfig, row: Mapping[str, Any], name: str) -> DataConfig:
-    """The config with its columns named, found in the first row where they are not."""
-    if config.prompt or config.messages or config.text:
-        return config
-    if "prompt" in row and "target" in row:
-        return replace(config, prompt="prompt", target="target")
-    if "messages" in row:
-        return replace(config, messages="messages")
-    if "text" in row:
-        return replace(config, text="text")
-    if "prompt" in row:
-        return replace(config, prompt="prompt")
-    raise InputError(
-        f"{name}: found neither 'prompt', nor 'messages', nor 'text' among the columns "
-        f"{', '.join(map(repr, row))}; name yours with data.prompt and data.target, data.messages or data.text"
-    )
+def _keeps(keep: Callable[[Mapping[str, Any]], Any], row: Mapping[str, Any], where: str) -> bool:
+    try:
+        answer = keep(row)
+    except Exception as error:
+        raise InputError(f"{where} raised {type(error).__name__}: {first_line(error)}") from error
+    # numpy's and torch's truth is no bool.
+    answer = answer.item() if hasattr(answer, "item") else answer
+    if not isinstance(answer, int):
+        raise InputError(f"{where} must return true or false, got {answer!r:.60}")
+    return bool(answer)
 
 
-def _example(row: Mapping[str, Any], config: DataConfig, where: str) -> Example:
-    if config.messages is not None:
-        messages = _messages(_value(row, config.messages, where), f"{where}: column {config.messages!r}")
-        prompt = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
-        if not prompt.strip():
-            raise InputError(f"{where}: column {config.messages!r} has no user turn with text in it")
-        last = messages[-1]
-        return Example(prompt, last["content"] if last["role"] == "assistant" else "", messages, row)
-    if config.text is not None:
-        return Example("", _string(row, config.text, where), item=row)
-    assert config.prompt is not None
-    prompt = _string(row, config.prompt, where)
-    # An example without a prompt is plain text, which this one was not meant to be.
-    if not prompt.strip():
-        raise InputError(f"{where}: column {config.prompt!r} is empty; leave such rows out with data.filter")
-    return Example(prompt, "" if config.target is None else _string(row, config.target, where), item=row)
+def _mapped(placed: Sequence[Placed], config: DataConfig, name: str) -> tuple[list[Example], str]:
+    """The rows' examples, and which column is what."""
+    rows = [row for _, row in placed]
+    layout = layout_of(rows, config, name)
+    examples = [layout.example(row, place) for place, row in placed]
+    unused = [column for column in columns_of(rows) if column not in (*layout.needs, *layout.takes)]
+    return examples, layout.says() + (f"; unused columns: {listed(unused)}" if unused else "")
 
 
-def _value(row: Mapping[str, Any], column: str, where: str) -> Any:
-    if column not in row:
-        raise InputError(f"{where}: {unknown_name('column', column, map(str, row))}")
-    return row[column]
+def _has_target(example: Example) -> bool:
+    if example.messages:
+        return any(message["role"] == "assistant" for message in example.messages[example.num_prompt_messages :])
+    return bool(example.target) or any(label != IGNORE for label in example.labels[1:])
 
 
-def _string(row: Mapping[str, Any], column: str, where: str) -> str:
-    value = _value(row, column, where)
-    if not isinstance(value, (str, int, float)):
-        raise InputError(f"{where}: column {column!r} must hold text, got {type(value).__name__}")
-    return str(value)
-
-
-def _messages(value: Any, where: str) -> tuple[Mapping[str, str], ...]:
-    if not isinstance(value, (list, tuple)) or not value:
-        raise InputError(f"{where} must hold a list of messages, got {value!r:.60}")
-    for number, message in enumerate(value, start=1):
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
-            raise InputError(
-                f"{where}: message {number} must hold a role and a text as its content, got {message!r:.60}"
-            )
-        if message.get("role") not in ROLES:
-            raise InputError(f"{where}: message {number}: {unknown_name('role', str(message.get('role')), ROLES)}")
-    if value[-1]["role"] == "system":
-        raise InputError(f"{where} must not end with the system's turn: there is nothing to answer")
-    if value[0]["role"] == "assistant":
-        raise InputError(f"{where} must not begin with the assistant's turn: nothing prompts it")
-    return tuple(value)
+def _title(parts: Sequence[Part]) -> str:
+    if len(parts) == 1:
+        return parts[0].name
+    return f"{len(parts)} files ({parts[0].name} … {parts[-1].name})"

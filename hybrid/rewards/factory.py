@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hybrid.core import InputError, Registry, build, first_line, fits, parameters_of, parse_yaml
+from hybrid.core import InputError, Registry, build, first_line, fits, parameters_of, parse_json, parse_yaml
 from hybrid.rewards import leaves
 from hybrid.rewards.base import Handling, Reward, canonical, rewards
 from hybrid.rewards.compose import Component, Composite
@@ -56,16 +56,11 @@ def make_reward(spec: Spec) -> Reward:
 def json_spec(text: str, where: str) -> Any:
     """What the JSON of a spec holds. Raises InputError, also where a name stands twice in one object."""
     try:
-        return json.loads(text, object_pairs_hook=partial(_once_each, where))
-    except (json.JSONDecodeError, RecursionError) as error:
+        return parse_json(text)
+    except json.JSONDecodeError as error:
         raise InputError(f"{where} is not JSON: {first_line(error)}") from error
-
-
-def _once_each(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"{where}: {twice[0]!r} stands twice in one object, and only one can count")
-    return dict(pairs)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 @dataclass(frozen=True)

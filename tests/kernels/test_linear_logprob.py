@@ -118,14 +118,15 @@ def test_logits_that_rise_or_fall_by_thousands_across_slices_stay_finite():
 
 @kernel
 @pytest.mark.parametrize("share", [False, True])
-def test_kl_to_oneself_and_its_gradient_are_exactly_zero(share, narrow_slices):
+def test_kl_to_oneself_and_its_gradient_are_zero(share, narrow_slices):
     case = LinearCase(ref=False)
     (hidden,) = case.require("hidden")
     weight = case.inputs["weight"] if share else case.inputs["weight"].clone()
     kl = case.stats(want=("kl",), ref_hidden=hidden, ref_weight=weight).kl
-    # One GEMM of 2 N rows and two of N rows may round differently; each by itself treats equal rows alike.
-    assert (kl == 0).all()
-    assert (torch.autograd.grad(kl.sum(), hidden)[0] == 0).all()
+    # Exactly, where a GEMM treats equal rows alike; a CPU's may round the rows at an edge of its tiles otherwise.
+    rounding = 0.0 if DEVICE.type == "cuda" else 1e-6
+    assert (kl.abs() <= rounding).all()
+    assert (torch.autograd.grad(kl.sum(), hidden)[0].abs() <= rounding).all()
 
 
 @kernel
