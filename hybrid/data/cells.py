@@ -8,7 +8,7 @@ from typing import Any
 
 from hybrid.core import InputError
 
-__all__ = ["cell", "check_unicode", "is_missing", "text_of"]
+__all__ = ["cell", "check_unicode", "is_bool", "is_missing", "text_of"]
 
 # numpy's are no int and no float.
 NUMBERS = (Real, Decimal)
@@ -26,7 +26,8 @@ def cell(row: Mapping[str, Any], column: str, where: str, way_out: str) -> Any:
 
 def is_missing(value: Any) -> bool:
     """Whether a value says that there is none: None, and what pandas puts there (nan, NA, NaT)."""
-    is_nan = isinstance(value, NUMBERS) and value != value
+    # Decimal's signalling nan cannot be compared.
+    is_nan = value.is_nan() if isinstance(value, Decimal) else isinstance(value, Real) and value != value
     return value is None or is_nan or type(value).__name__ in ("NAType", "NaTType")
 
 
@@ -35,12 +36,16 @@ def text_of(value: Any, column: str, where: str, way_out: str) -> str:
     if isinstance(value, str):
         check_unicode(value, f"{where}: column {column!r}")
         return value
-    # numpy's true is no bool.
-    is_truth = isinstance(value, bool) or type(value).__name__ == "bool"
+    is_truth = is_bool(value)
     if is_truth or not isinstance(value, NUMBERS) or not math.isfinite(value):
         got = str(value).lower() if is_truth or isinstance(value, NUMBERS) else type(value).__name__
         raise InputError(f"{where}: column {column!r} must hold text, got {got}; {way_out}")
     return str(value)
+
+
+def is_bool(value: Any) -> bool:
+    """Whether a value is true or false; numpy's is no bool."""
+    return isinstance(value, bool) or type(value).__name__ in ("bool", "bool_")
 
 
 def check_unicode(text: str, where: str) -> None:

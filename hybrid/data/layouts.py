@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from hybrid.core import IGNORE, Example, InputError, unknown_name
-from hybrid.data.cells import cell, is_missing, text_of
+from hybrid.data.cells import cell, is_bool, is_missing, text_of
 from hybrid.data.config import DataConfig
 from hybrid.data.messages import last_content, messages_of, num_untrained, tools_of
 
@@ -14,6 +14,8 @@ __all__ = ["LAYOUTS", "Layout", "columns_of", "layout_of", "listed"]
 Row = Mapping[str, Any]
 
 LEAVE_OUT = "leave such rows out with data.filter"
+# In the name of a column of lists beside token ids: it may say what is trained.
+WEIGHING = ("loss", "weight", "assistant", "completion", "response", "prompt_mask")
 NUM_LISTED = 12  # columns that a line names
 NO_TARGET = f'{LEAVE_OUT}, or write "" where there is no target'
 
@@ -279,11 +281,8 @@ def layout_of(rows: Sequence[Row], config: DataConfig, name: str) -> Layout:
         )
     if isinstance(layout, Pair) and any(_is_list(row.get(column)) for row in rows for column in layout.needs):
         layout = Turns(layout.prompt, layout.target)
-    if isinstance(layout, Tokens) and (packed := [c for c in ("seq_lengths", "position_ids") if c in columns]):
-        raise InputError(
-            f"{name}: the column {packed[0]!r} beside 'input_ids' says that rows hold several examples; give one "
-            "example a row (sft.packing packs them), or drop the column"
-        )
+    if isinstance(layout, Tokens):
+        _refuse_unread(rows, [column for column in columns if column not in layout.takes], name)
     return layout.among(columns)
 
 
@@ -296,8 +295,9 @@ def _named(config: DataConfig) -> Layout | None:
 
 
 def _refuse_preferences(rows: Sequence[Row], columns: Sequence[str], name: str) -> None:
-    judged = [column for column in ("label", "labels") if any(isinstance(row.get(column), bool) for row in rows)]
-    answers = {layout.target for layout in LAYOUTS if isinstance(layout, Pair)} & set(columns)
+    judged = [column for column in ("label", "labels") if any(_is_verdict(row.get(column)) for row in rows)]
+    pairs = {layout.target for layout in LAYOUTS if isinstance(layout, Pair)}
+    answers = (pairs | {layout.column for layout in LAYOUTS if isinstance(layout, Dialogue)}) & set(columns)
     if {"chosen", "rejected"} <= set(columns):
         what = "'chosen' and 'rejected'"
     elif judged and answers:
@@ -308,6 +308,26 @@ def _refuse_preferences(rows: Sequence[Row], columns: Sequence[str], name: str) 
         f"{name}: the columns {what} are preferences, which no step learns from yet; to train on the good answers "
         "alone, choose the rows with data.filter and name their columns: data.prompt and data.target, or data.messages"
     )
+
+
+def _refuse_unread(rows: Sequence[Row], columns: Sequence[str], name: str) -> None:
+    """Refuse what stands beside token ids and says more of them than `Tokens` reads."""
+    if packed := [column for column in ("seq_lengths", "position_ids") if column in columns]:
+        raise InputError(
+            f"{name}: the column {packed[0]!r} beside 'input_ids' says that rows hold several examples; give one "
+            "example a row (sft.packing packs them), or drop the column"
+        )
+    weighing = [column for column in columns if any(word in column.lower() for word in WEIGHING)]
+    if weighing and any(_is_list(row.get(weighing[0])) for row in rows):
+        raise InputError(
+            f"{name}: the column {weighing[0]!r} beside 'input_ids' may say what is trained, and is not read; call it "
+            "'completion_mask' (1 on what is trained), or drop it"
+        )
+
+
+def _is_verdict(value: Any) -> bool:
+    """True or false, also as a CSV file has it."""
+    return is_bool(value) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
 
 
 def _dialogue(messages: tuple[Mapping[str, Any], ...], row: Row, tools: str | None, where: str) -> Example:

@@ -10,6 +10,10 @@ from hybrid.data.pack import collate, pack
 __all__ = ["Loader"]
 
 
+# Beyond this a batch, which repeats examples where there are fewer, fills the memory before it is seen.
+MAX_BATCH = 1_000_000
+
+
 class Loader:
     """Batches without end: epoch after epoch, each in an order that is a pure function of (seed, epoch).
 
@@ -33,6 +37,8 @@ class Loader:
             raise InputError("a Loader needs at least one example")
         if batch_size < 1:
             raise InputError(f"batch_size must be >= 1, got {batch_size}")
+        if batch_size > MAX_BATCH:
+            raise InputError(f"batch_size must be at most {MAX_BATCH:,}, got {batch_size:,}")
         self.examples = examples
         self.batch_size = batch_size
         self.seed = seed

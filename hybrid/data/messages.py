@@ -10,6 +10,8 @@ __all__ = ["last_content", "messages_of", "num_untrained", "tools_of"]
 
 Message = Mapping[str, Any]
 
+# What says that an answer is not trained: OpenAI's, and that of others.
+WEIGHTS = ("weight", "train", "training", "loss")
 ROLES = ("system", "user", "assistant", "tool")
 # ShareGPT's files have these names too.
 ROLE_OF_AUTHOR = {role: role for role in ROLES} | {"human": "user", "gpt": "assistant", "observation": "tool"}
@@ -39,11 +41,17 @@ def tools_of(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
 
 
 def num_untrained(messages: Sequence[Message], where: str) -> int:
-    """How many messages there are up to the last answer that is not trained: one with OpenAI's `weight` of 0.
+    """How many messages there are up to the last answer that is not trained: one with OpenAI's `weight` of 0, or
+    another of WEIGHTS of false.
 
-    Raises InputError for another weight than 0 and 1, and where an answer before it is trained, or none behind it.
+    Raises InputError for another weight than 0 and 1 (false and true), and where an answer before it is trained, or
+    none behind it.
     """
-    weights = [(i, m.get("weight", 1)) for i, m in enumerate(messages, start=1) if m["role"] == "assistant"]
+    weights = [
+        (i, next((m[name] for name in WEIGHTS if name in m), 1))
+        for i, m in enumerate(messages, start=1)
+        if m["role"] == "assistant"
+    ]
     if wrong := [(i, weight) for i, weight in weights if weight not in (0, 1)]:
         raise InputError(f"{where}: message {wrong[0][0]}: its weight must be 0 or 1, got {wrong[0][1]!r:.60}")
     last = max((i for i, weight in weights if not weight), default=0)
@@ -65,7 +73,7 @@ def last_content(messages: Sequence[Message], role: str) -> str:
 def _message(value: Any, where: str) -> Message:
     if not isinstance(value, Mapping):
         raise InputError(f"{where} must hold a role and a text as its content, got {value!r:.60}")
-    message = {key: inner for key, inner in value.items() if inner is not None}
+    message = {key: inner for key, inner in value.items() if not is_missing(inner)}
     role = message.get("role")
     if "from" in message and role is None:
         author, content = str(message.pop("from")), message.pop("value", None)
@@ -74,6 +82,8 @@ def _message(value: Any, where: str) -> Message:
         message = {"role": ROLE_OF_AUTHOR[author], "content": content, **message}
     elif role not in ROLES:
         raise InputError(f"{where}: {unknown_name('role', str(role), ROLES)}")
+    if "tool_calls" in message:
+        message["tool_calls"] = _calls(message["tool_calls"], where)
     content = message.get("content")
     if content is None and message["role"] == "assistant" and message.get("tool_calls"):
         return message
@@ -81,6 +91,13 @@ def _message(value: Any, where: str) -> Message:
         raise InputError(f"{where} must hold a role and a text as its content, got {value!r:.60}")
     check_unicode(content, where)
     return message
+
+
+def _calls(value: Any, where: str) -> Sequence[Any]:
+    calls = _listed(value)
+    if calls is None or not all(isinstance(call, Mapping) for call in calls):
+        raise InputError(f"{where}: its tool_calls must be a list of calls (objects), got {value!r:.60}")
+    return calls
 
 
 def _listed(value: Any) -> Sequence[Any] | None:

@@ -217,6 +217,6 @@ def _hub_rows(source: str) -> list[Row]:
         loaded = load_dataset(name, split=split or "train")
     except Exception as error:
         raise InputError(
-            f"{source!r} is no file, and does not load as a Hugging Face dataset: {first_line(error)}"
+            f"{_shortened(source)} is no file, and does not load as a Hugging Face dataset: {first_line(error)[:300]}"
         ) from error
     return list(_in_memory(loaded, source))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid.core import InputError, first_line, unknown_name
+from hybrid.models.contract import refusing
 
 __all__ = [
     "LoraConfig",
@@ -91,7 +92,7 @@ def add_lora(model: Any, config: LoraConfig) -> None:
     """Freeze a transformers model and put new adapters into its linear layers, in place.
 
     A model that has an adapter already keeps that one. Raises InputError where it is not of the config's rank
-    and alpha, and for a target that names no linear layer.
+    and alpha, for a target that names no linear layer, and where the model does not run with it.
     """
     import peft
 
@@ -123,6 +124,11 @@ def add_lora(model: Any, config: LoraConfig) -> None:
         except ValueError as error:  # layers that peft does not adapt in models of this type
             raise InputError(f"model.lora on {type(model).__name__}: {first_line(error)}") from error
     adopted(model)
+    try:
+        with refusing(model):
+            model(input_ids=torch.ones(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    except InputError as error:  # peft took a layer that is linear by its class alone (a router)
+        raise InputError(f"{error}; that is with model.lora, whose layers model.lora.target_modules names") from error
 
 
 def adopted(model: Any) -> Any:

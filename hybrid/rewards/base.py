@@ -326,7 +326,7 @@ class Reward:
             return number
         wanted = f"at most {largest:g} either way (see clip)" if largest == LARGEST else "a finite number"
         return RewardError(
-            f"reward {self.component_name!r} returned {value!r} for response {shortened(response)}; "
+            f"reward {self.component_name!r} returned {_shown(value)} for response {shortened(response)}; "
             f"a score must be {wanted}"
         )
 
@@ -356,6 +356,15 @@ def register_reward(name: str, *aliases: str) -> Callable[[F], F]:
 def _best(rows: list[Row]) -> Row:
     failed = [row for row in rows if isinstance(row, RewardError)]
     return failed[0] if failed else max(rows)  # type: ignore[type-var]
+
+
+def _shown(value: Any) -> str:
+    """A user's value in one short line, whatever its repr does."""
+    try:
+        shown = " ".join(repr(value).split())
+    except Exception:  # noqa: BLE001 - it is the user's code, and Python writes no int of over 4,300 digits
+        shown = f"a {type(value).__name__}"
+    return shown if len(shown) <= 200 else f"{shown[:199]}…"
 
 
 def _number_in(row: Row) -> float | None:

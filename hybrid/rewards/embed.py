@@ -1,6 +1,7 @@
 """Asking sentence embedders: how near in meaning texts are, and the texts that others are compared with."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -71,7 +72,7 @@ def texts_of(source: list[str] | str, parameter: str) -> list[str]:
     blank lines part them, else its lines.   Raises InputError, which names the parameter.
     """
     if isinstance(source, str):
-        source = _file_texts(Path(source).expanduser(), parameter)
+        source = _file_texts(Path(os.path.expanduser(source)), parameter)
     for index, text in enumerate(source):
         if not isinstance(text, str):
             raise InputError(f"{parameter} must hold texts, got {text!r} at {index}")

@@ -66,7 +66,7 @@ def existing_model(name: str, parameter: str = "model") -> str:
     if not name.strip():
         raise InputError(f"{parameter} must be a model's name or folder, got {name!r}")
     if os.path.isabs(name) or name.startswith((".", "~")):
-        name = str(Path(name).expanduser())
+        name = os.path.expanduser(name)
         if not Path(name).exists():
             raise InputError(f"{parameter} {name!r} does not exist")
     return name

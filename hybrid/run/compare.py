@@ -1,6 +1,7 @@
 """Several runs on one page: curves overlaid, last evaluations, settings and samples side by side."""
 
 import io
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -83,7 +84,7 @@ def write_comparison(folders: Sequence[str | Path], output: str | Path) -> Path:
     from jinja2 import DictLoader, Environment, StrictUndefined
     from markupsafe import Markup
 
-    runs, output = _read(folders), Path(output).expanduser()
+    runs, output = _read(folders), Path(os.path.expanduser(output))
     # The report's own looks: the macros before its first tag, and its style.
     macros, _, report = _source("report.html.jinja").partition("<!doctype html>")
     style = report.partition("<style>")[2].partition("</style>")[0]
@@ -119,7 +120,7 @@ def _read(folders: Sequence[str | Path]) -> list[_Run]:
     """The runs in the folders, named by them. Refuses what `write_comparison` does."""
     if not 2 <= len(folders) <= MAX_RUNS:
         raise InputError(f"a comparison takes 2 to {MAX_RUNS} run folders, got {len(folders)}")
-    paths = [Path(folder).expanduser().resolve() for folder in folders]
+    paths = [Path(os.path.expanduser(folder)).resolve() for folder in folders]
     for path in paths:
         if paths.count(path) > 1:
             raise InputError(f"the run {str(path)!r} is given twice; a comparison takes each run once")

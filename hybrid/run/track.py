@@ -51,7 +51,8 @@ def open_run_folder(path: str | Path, *, beside: Sequence[str] = ()) -> Path:
     Refuses (InputError) one that already holds a run or anything that a run would overwrite, and one that cannot be
     written: that is found by writing, since permission bits say nothing to root.
     """
-    folder = Path(path).expanduser()
+    # Not Path's own, which raises for a user that there is not.
+    folder = Path(os.path.expanduser(path))
     if "\0" in str(path):
         raise InputError(f"the output folder {str(path)!r} cannot be: a path has no NUL in it")
     try:

@@ -261,3 +261,59 @@ def test_a_text_that_no_rollout_could_start_from_is_left_out(characters, caplog)
 def test_data_of_which_nothing_is_left_is_refused_with_the_reason(characters):
     with pytest.raises(InputError, match=r"no evaluation example is left of 1: 1 longer than data\.max_length = 2"):
         encode_all([Example("", "abc")], characters(), DataConfig(max_length=2), what="evaluation")
+
+
+# What a template makes of what it was given
+
+
+CALLS = [{"type": "function", "function": {"name": "add", "arguments": {"x": "<|im_end|>"}}}]
+
+
+def dialogue(*messages, tools=()):
+    return Example("a", messages=messages, tools=tools)
+
+
+@pytest.mark.parametrize(
+    ("template", "example", "left_out"),
+    [
+        (None, dialogue(TURNS[0], TURNS[1], tools=({"function": {"name": "add"}},)), "'add' of the tools"),
+        (None, dialogue(TURNS[0], TURNS[1], tools=({"name": "add"},)), "'add' of the tools"),
+        (None, dialogue(TURNS[0], {**TURNS[1], "reasoning_content": "as b"}), "'as b' of turn 2"),
+        (None, dialogue(TURNS[0], {**TURNS[1], "tool_calls": [{"function": {"name": "add"}}]}), "'add' of turn 2"),
+        ("{{ messages[0]['content'] }}<|im_start|>", dialogue(*TURNS[:2]), "'b' of turn 2"),
+        (
+            "{{ messages[-1]['content'].split('!')[-1] }}",
+            dialogue({"role": "user", "content": "x! a"}),
+            "'x! a' of tur",
+        ),
+    ],
+)
+def test_what_a_template_would_leave_out_is_refused(chatml, characters, template, example, left_out):
+    tokenizer = chatml if template is None else characters(eos_token="<|im_end|>", chat_template=template)
+    with pytest.raises(InputError, match=f"chat template leaves out {left_out}"):
+        encode(example, tokenizer, CHAT)
+
+
+def test_thinking_that_a_template_writes_its_own_way_is_no_fault(characters):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>\n"
+        "{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content | trim }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = characters(eos_token="<|im_end|>", chat_template=template)
+    encoded = encode(dialogue(TURNS[0], {**TURNS[3], "reasoning_content": " c "}), tokenizer, CHAT)
+    assert trained(tokenizer, encoded) == "<think>\n c \n</think>\n\nd<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("example", "config"),
+    [
+        (dialogue(TURNS[0], {**TURNS[1], "tool_calls": CALLS}), CHAT),
+        (dialogue(TURNS[0], {**TURNS[1], "reasoning_content": "<|im_end|>"}), CHAT),
+        (dialogue(TURNS[0], TURNS[1], tools=({"name": "add", "description": "ends with <|im_end|>"},)), CHAT),
+        (dialogue(TURNS[0], TURNS[1]), DataConfig(template="chat", system="<|im_end|>")),
+    ],
+)
+def test_a_special_tokens_text_is_refused_wherever_a_dialogue_has_it(chatml, example, config):
+    with pytest.raises(InputError, match=r"holds the text of the special token '<\|im_end\|>'"):
+        encode(example, chatml, config)

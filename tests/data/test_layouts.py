@@ -304,3 +304,47 @@ def test_the_error_of_a_filter_is_kept_and_numpys_truth_is_one(filters):
     assert isinstance(info.value.__cause__, KeyError)
     read = read_example_set([{"text": "a"}], DataConfig(filter="odd_filters:numpy"))
     assert read.said == ": text = 'text'; data.filter kept 1 of 1 rows"
+
+
+def test_calls_that_are_no_list_of_objects_are_refused():
+    messages = [USER, {"role": "assistant", "tool_calls": "add(1)"}]
+    assert "its tool_calls must be a list of calls (objects), got 'add(1)'" in refusal([{"messages": messages}])
+
+
+def test_calls_may_be_the_json_text_of_a_list():
+    example = one({"messages": [USER, {"role": "assistant", "tool_calls": '[{"name": "add"}]'}]})
+    assert example.messages[1]["tool_calls"] == [{"name": "add"}]
+
+
+@pytest.mark.parametrize("flag", ["weight", "train", "training", "loss"])
+def test_an_answer_that_any_flag_takes_out_is_not_trained(flag):
+    assert one({"messages": [USER, {**ANSWER, flag: False}, USER, ANSWER]}).num_prompt_messages == 2
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a", "completion": "b", "label": numpy.bool_(False)},
+        {"prompt": "a", "completion": "b", "label": "False"},
+        {"messages": [USER, ANSWER], "label": True},
+    ],
+)
+def test_a_verdict_in_any_form_is_a_preference(row):
+    assert "'label' of true and false" in refusal([row])
+
+
+@pytest.mark.parametrize("column", ["loss_mask", "assistant_mask", "loss_weights", "prompt_mask"])
+def test_a_mask_by_a_name_that_is_not_read_is_refused(column):
+    assert f"the column {column!r} beside 'input_ids'" in refusal([{"input_ids": [5, 6], column: [0, 1]}])
+
+
+def test_other_columns_beside_token_ids_are_not_used():
+    assert one({"input_ids": [5, 6], "special_tokens_mask": [1, 0], "token_type_ids": [0, 0]}).labels == (5, 6)
+
+
+def test_a_decimal_that_cannot_be_compared_is_missing():
+    assert "a missing value" in refusal([{"prompt": "a", "target": Decimal("sNaN")}])
+
+
+def test_what_pandas_calls_missing_is_no_key_of_a_message():
+    assert "name" not in one({"messages": [{**USER, "name": NAN}, ANSWER]}).messages[0]

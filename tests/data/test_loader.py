@@ -83,3 +83,8 @@ def test_packing_puts_a_batchs_examples_into_fewer_rows():
 def test_what_gives_no_batch_is_refused(kwargs):
     with pytest.raises(InputError, match=r"at least one example|batch_size"):
         loader(**kwargs)
+
+
+def test_a_batch_that_no_memory_holds_is_refused():
+    with pytest.raises(InputError, match="batch_size must be at most 1,000,000, got 10,000,000,000"):
+        loader(batch_size=10**10)

@@ -6,6 +6,7 @@ import lzma
 import os
 
 import datasets
+import numpy
 import pandas
 import pyarrow
 import pytest
@@ -371,3 +372,18 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path):
     path.write_text(LINES)
     path.chmod(0)
     assert "Permission denied" in refusal(path)
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+def test_a_short_float_keeps_the_digits_that_it_was_written_with(bits, tmp_path):
+    frame = pandas.DataFrame({"n": numpy.array([0.1, 2.5], dtype=f"float{bits}")})
+    table = pyarrow.table({"n": pyarrow.array(frame["n"].to_numpy())})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    data = datasets.Dataset(table)
+    for source in (frame, table, tmp_path / "a.parquet", data, data.with_format("numpy")):
+        assert [row["n"] for row in read_rows(source)] == [0.1, 2.5]
+
+
+@pytest.mark.parametrize("format", ["pandas", "arrow"])
+def test_a_dataset_whose_rows_are_tables_gives_rows(format):
+    assert read_rows(datasets.Dataset.from_list(ROWS).with_format(format)) == ROWS

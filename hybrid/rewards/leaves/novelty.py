@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 from collections import Counter, deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -166,7 +167,7 @@ def _texts(reference: str | list[str]) -> list[str]:
             if not isinstance(text, str):
                 raise InputError(f"reference must be a list of texts; number {index} is {text!r}")
         return reference
-    path = Path(reference).expanduser()
+    path = Path(os.path.expanduser(reference))
     if not path.is_file():
         raise InputError(f"reference must be 'history', 'batch', a list of texts or a file; no file {reference!r}")
     from hybrid.data.read import read_rows
