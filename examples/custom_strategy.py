@@ -22,7 +22,7 @@ class Rescue(Strategy):
         return self.steps
 
     @property
-    def kinds(self) -> set[Kind]:
+    def objectives(self) -> set[str]:
         return {"sft", "ppo"}
 
     def for_epochs(self, epochs: float, sft_steps_per_epoch: int, ppo_steps_per_epoch: int) -> "Rescue":
@@ -37,7 +37,7 @@ class Rescue(Strategy):
         self.memory["best"] = max(best, metrics.get("reward", best))  # saved with every checkpoint
         if step >= self.steps:
             return None
-        return Plan(step, sft_coef=1.0) if fell else Plan(step, ppo_coef=1.0)
+        return Plan(step, {"sft": 1.0}) if fell else Plan(step, {"ppo": 1.0})
 
 
 def main(model: str) -> None:

@@ -10,20 +10,24 @@ from hybrid.config import HybridConfig, ModelConfig, ReferenceConfig, RunConfig
 from hybrid.core import Batch, Encoded, Example, InputError, Rollout, RunStopped
 from hybrid.data import DataConfig, Loader
 from hybrid.evaluate import EvalConfig
-from hybrid.mixing import make_strategy, register_strategy
+from hybrid.learner import Learner
+from hybrid.mixing import Plan, make_strategy, register_strategy
 from hybrid.models import LoraConfig, Policy, Reference
-from hybrid.optim import make_optimizer, make_scheduler, register_optimizer, register_scheduler
-from hybrid.rewards import Reward, RewardError, make_reward, register_reward
-from hybrid.rollout import KLConfig, SamplingConfig, ScoreConfig, collect
-from hybrid.steps import (
+from hybrid.objectives import (
     GradientConfig,
+    Objective,
     PPOConfig,
     SFTConfig,
+    Term,
     minibatches,
     ppo_batch_loss,
+    register_objective,
     sft_batch_loss,
     with_advantages,
 )
+from hybrid.optim import make_optimizer, make_scheduler, register_optimizer, register_scheduler
+from hybrid.rewards import Reward, RewardError, make_reward, register_reward
+from hybrid.rollout import KLConfig, SamplingConfig, ScoreConfig, collect
 from hybrid.trainer import HybridTrainer
 
 __all__ = [
@@ -37,10 +41,13 @@ __all__ = [
     "HybridTrainer",
     "InputError",
     "KLConfig",
+    "Learner",
     "Loader",
     "LoraConfig",
     "ModelConfig",
+    "Objective",
     "PPOConfig",
+    "Plan",
     "Policy",
     "Reference",
     "ReferenceConfig",
@@ -52,6 +59,7 @@ __all__ = [
     "SFTConfig",
     "SamplingConfig",
     "ScoreConfig",
+    "Term",
     "collect",
     "make_optimizer",
     "make_reward",
@@ -59,6 +67,7 @@ __all__ = [
     "make_strategy",
     "minibatches",
     "ppo_batch_loss",
+    "register_objective",
     "register_optimizer",
     "register_reward",
     "register_scheduler",

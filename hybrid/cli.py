@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for kind in ("optimizers", "schedulers"):
         names = commands.add_parser(kind, help=f"the {kind} by name, with their keys and defaults")
-        names.add_argument("--markdown", action="store_true", help="as the README's table")
+        names.add_argument("--markdown", action="store_true", help="as docs/optimizers.md has it")
         names.set_defaults(command=_names, kind=kind)
 
     report = commands.add_parser("report", help="write a run's report.html anew; or compare runs on one page")

@@ -14,10 +14,10 @@ from hybrid.data import DataConfig
 from hybrid.evaluate import EvalConfig
 from hybrid.mixing import Strategy, make_strategy
 from hybrid.models import LoraConfig, require
+from hybrid.objectives import GradientConfig, PPOConfig, Precision, SFTConfig, check_objectives
 from hybrid.optim import check_optimizer, check_scheduler, plateau_mode
 from hybrid.rollout import KLConfig, SamplingConfig, ScoreConfig
 from hybrid.run import CheckpointConfig, write_file
-from hybrid.steps import GradientConfig, PPOConfig, Precision, SFTConfig
 
 __all__ = ["HybridConfig", "ModelConfig", "ReferenceConfig", "RunConfig"]
 
@@ -112,6 +112,7 @@ class HybridConfig:
     sft: SFTConfig = field(default_factory=SFTConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     mixing: dict[str, Any] = field(default_factory=dict)
+    objectives: dict[str, Any] = field(default_factory=dict)  # by name, what those of your own take
     optimizer: dict[str, Any] = field(default_factory=dict)
     scheduler: dict[str, Any] = field(default_factory=dict)
     gradient: GradientConfig = field(default_factory=GradientConfig)
@@ -129,6 +130,7 @@ class HybridConfig:
                     "HybridConfig.from_dict takes nested mappings"
                 )
         make_strategy(self.mixing)
+        check_objectives(self.objectives, {section.name for section in fields(self)})
         check_optimizer(self.optimizer)
         check_scheduler(self.scheduler)
         metric, better = self.eval.best
@@ -146,7 +148,7 @@ class HybridConfig:
         metric = self.eval.metric
         if self.reward is None and metric not in self.eval.measured(with_reward=False):
             raise InputError(f"config: eval.metric {metric!r} needs a reward; give one, or watch another metric")
-        if strategy.kinds == {"sft"}:
+        if not strategy.rolls_out:
             return
         if self.reward is None:
             raise InputError("config: reward is missing, which PPO steps need; give one, or leave PPO out of mixing")
@@ -168,7 +170,8 @@ class HybridConfig:
             raise InputError(f"a config must be a mapping of sections, got {values!r:.60}")
         merged = _merged(values, overrides)
         _check_keys(cls, merged, "")
-        return _parsed(cls, merged)
+        made: HybridConfig = _parsed(cls, merged)
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts and lists, every default written out; `from_dict` reads them back."""
@@ -182,7 +185,8 @@ class HybridConfig:
 
     def written(self) -> dict[str, Any]:
         """`to_dict` in the types of YAML and JSON; a function in it by its name, "module:name"."""
-        return _writable(self.to_dict())
+        values: dict[str, Any] = _writable(self.to_dict())
+        return values
 
     def save(self, path: Path) -> None:
         """Write the resolved config as YAML."""

@@ -9,6 +9,7 @@ from typing import Any
 from hybrid.config import HybridConfig
 from hybrid.core import InputError
 from hybrid.data import prompt_text
+from hybrid.learner import Learner
 from hybrid.models import VALUE_HEAD_FILE, Policy
 from hybrid.resume import trained_config
 from hybrid.run import CHECKPOINTS, CONFIG, EXPORT, Checkpoints, Summary, disk_errors, filled_folder, summary
@@ -49,10 +50,11 @@ def export(run: str | Path, folder: str | Path, *, checkpoint: str | None = None
     return folder
 
 
-def export_run(trainer: Any) -> None:
+def export_run(learner: Learner) -> None:
     """Write the model of a run that goes on, or ends, to the folder `export` in its own."""
-    card = model_card(trainer.folder, trainer.config, step=trainer.num_steps)
-    export_policy(trainer.policy, trainer.tokenizer, trainer.folder / EXPORT, card=card)
+    assert learner.folder is not None
+    card = model_card(learner.folder, learner.config, step=learner.num_steps)
+    export_policy(learner.policy, learner.tokenizer, learner.folder / EXPORT, card=card)
 
 
 def export_policy(policy: Policy, tokenizer: Any, folder: str | Path, *, card: str) -> None:

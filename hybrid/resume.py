@@ -5,7 +5,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ import torch
 from hybrid.config import HybridConfig
 from hybrid.core import InputError
 from hybrid.edits import check_edits
+from hybrid.learner import Learner
 from hybrid.models import under_adapter
 from hybrid.run import (
     CHECKPOINTS,
@@ -37,37 +38,31 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# The parts of a trainer that know their own state.
-PARTS = ("updater", "kl")
-LOADERS = ("loader", "prompts")
-PTX_LOADER = ("ptx_loader",)
-STREAMS = ("sampler", "shuffler", "speaker")
-
 MODEL, STATE = "model", "state"
 
 
-def write_checkpoint(trainer: Any, folder: Path, *, progress: Mapping[str, Any] | None = None) -> None:
+def write_checkpoint(learner: Learner, folder: Path, *, progress: Mapping[str, Any] | None = None) -> None:
     """Fill a checkpoint's folder: model/ as transformers writes it, with the value head; the state; the config.
 
     Of a LoRA run model/ holds the adapter as it is (merged weights would not give its bits back); the frozen model
     is not saved again but read, and quantized again, from where the run had it.
     progress: where the run stands in its strategy, for `HybridTrainer.resume`.
     """
-    trainer.policy.save_pretrained(folder / MODEL, tokenizer=trainer.tokenizer, merge=False)
-    save_state(folder / STATE, {**training_state(trainer), "progress": progress})
-    trainer.config.save(folder / CONFIG)
+    learner.policy.save_pretrained(folder / MODEL, tokenizer=learner.tokenizer, merge=False)
+    save_state(folder / STATE, {**training_state(learner), "progress": progress})
+    learner.config.save(folder / CONFIG)
 
 
-def load_checkpoint(trainer: Any, folder: Path) -> dict[str, Any]:
+def load_checkpoint(learner: Learner, folder: Path) -> dict[str, Any]:
     """Put a trainer that was made alike where `write_checkpoint` found one; returns the state.
 
     Raises InputError where the folder is no checkpoint.
     """
     if not (folder / MODEL).is_dir():
         raise InputError(f"{str(folder)!r} is not a checkpoint: it has no {MODEL} folder")
-    state = load_state(folder / STATE)
-    trainer.policy.load_weights(folder / MODEL)
-    load_training_state(trainer, state)
+    state: dict[str, Any] = load_state(folder / STATE)
+    learner.policy.load_weights(folder / MODEL)
+    load_training_state(learner, state)
     return state
 
 
@@ -122,35 +117,35 @@ def trained_config(folder: Path, overrides: Sequence[str] = ()) -> HybridConfig:
     return replace(config, model=plain, references=references)
 
 
-def training_state(trainer: Any) -> dict[str, Any]:
+def training_state(learner: Learner) -> dict[str, Any]:
     """Optimizer, scheduler, KL coefficient, place in the data, random streams, reward and step count."""
     return {
-        **{name: getattr(trainer, name).state_dict() for name in _parts(trainer)},
-        **{name: getattr(trainer, name).get_state() for name in STREAMS},
+        **{name: part.state_dict() for name, part in _parts(learner).items()},
+        **{name: stream.get_state() for name, stream in _streams(learner).items()},
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all(),
         "python": random.getstate(),
         "numpy": np.random.get_state(),
-        "reward": {} if trainer.reward is None else trainer.reward.state_dict(),
-        "num_steps": trainer.num_steps,
-        "data": trainer.corpus.fingerprint,
+        "reward": {} if learner.reward is None else learner.reward.state_dict(),
+        "num_steps": learner.num_steps,
+        "data": learner.corpus.fingerprint,
     }
 
 
-def load_training_state(trainer: Any, state: Mapping[str, Any]) -> None:
+def load_training_state(learner: Learner, state: Mapping[str, Any]) -> None:
     """Put every part back where `training_state` found it; the random streams last.
 
     Raises InputError where the data are not those that the state was saved with.
     """
     # Checkpoints of version 0.1 do not say what their data were.
-    trainer.corpus.check_fingerprint(state.get("data"))
-    for name in _parts(trainer):
-        getattr(trainer, name).load_state_dict(state[name])
-    if trainer.reward is not None:
-        trainer.reward.load_state_dict(state["reward"])
-    trainer.num_steps = state["num_steps"]
-    for name in STREAMS:
-        getattr(trainer, name).set_state(state[name])
+    learner.corpus.check_fingerprint(state.get("data"))
+    for name, part in _parts(learner).items():
+        part.load_state_dict(state[name])
+    if learner.reward is not None:
+        learner.reward.load_state_dict(state["reward"])
+    learner.num_steps = state["num_steps"]
+    for name, stream in _streams(learner).items():
+        stream.set_state(state[name])
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -158,8 +153,22 @@ def load_training_state(trainer: Any, state: Mapping[str, Any]) -> None:
     np.random.set_state(state["numpy"])
 
 
-def _parts(trainer: Any) -> tuple[str, ...]:
-    """The loaders too, where there is data: a trainer that only learns by `step` has none."""
-    if not trainer.corpus.train:
-        return PARTS
-    return PARTS + LOADERS + (PTX_LOADER if trainer.corpus.ptx else ())
+class _Part(Protocol):
+    """A part of a learner that knows its own state."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any], /) -> object: ...
+
+
+def _parts(learner: Learner) -> dict[str, _Part]:
+    """The loaders too, where there is data: a learner that only learns by `step` has none."""
+    parts: dict[str, _Part] = {"updater": learner.updater, "kl": learner.kl}
+    if learner.corpus.train:
+        parts |= {"loader": learner.loader, "prompts": learner.prompts}
+        if learner.corpus.ptx:
+            parts["ptx_loader"] = learner.ptx_loader
+    return parts
+
+
+def _streams(learner: Learner) -> dict[str, torch.Generator]:
+    return {"sampler": learner.sampler, "shuffler": learner.shuffler, "speaker": learner.speaker}

@@ -11,6 +11,7 @@ from hybrid import HybridConfig, HybridTrainer
 from hybrid.cli import main
 from hybrid.run import CHECKPOINTS, read_jsonl
 
+pytestmark = pytest.mark.usefixtures("needs_peft")
 MODELS = {"lora": {"lora": {"rank": 4}}, "4 bit": {"lora": {"rank": 4}, "load_in_4bit": True}}
 
 

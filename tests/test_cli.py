@@ -73,9 +73,9 @@ def test_two_runs_are_compared_on_one_page(config, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", ["optimizers", "schedulers"])
-def test_the_readmes_table_is_what_the_command_prints(kind, capsys):
+def test_the_table_of_the_docs_is_what_the_command_prints(kind, capsys):
     assert main([kind, "--markdown"]) == 0
-    assert capsys.readouterr().out.strip() in (ROOT / "README.md").read_text()
+    assert capsys.readouterr().out.strip() in (ROOT / "docs" / "optimizers.md").read_text()
     assert main([kind]) == 0
     assert ("adamw_8bit" if kind == "optimizers" else "reduce_on_plateau") in capsys.readouterr().out
 

@@ -1,7 +1,8 @@
-"""What every mixing strategy has to keep, whoever wrote it: registering one is enough to have it tested.
+"""What every mixing strategy and every objective has to keep, whoever wrote it: registering one is enough to have it
+tested.
 
-Strategies of other packages are found by their entry point in the group `hybrid.strategy`, or by importing the module
-that registers them: `pytest tests/test_conformance.py -p my_package.my_strategy`.
+Those of other packages are found by their entry points in the groups `hybrid.strategy` and `hybrid.objective`, or by
+importing the module that registers them: `pytest tests/test_conformance.py -p my_package.my_strategy`.
 """
 
 import copy
@@ -20,12 +21,14 @@ from hybrid import DataConfig, HybridConfig, HybridTrainer, Policy, PPOConfig, S
 from hybrid.config import RunConfig
 from hybrid.core import IGNORE
 from hybrid.evaluate import EvalConfig
-from hybrid.mixing import make_strategy, strategy_names
+from hybrid.mixing import Plan, make_strategy, strategy_names
+from hybrid.objectives import objective_class, objective_names, with_advantages
 from hybrid.run import CheckpointConfig, read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 STRATEGIES = strategy_names()
 every_strategy = pytest.mark.parametrize("name", STRATEGIES)
+every_objective = pytest.mark.parametrize("name", objective_names())
 ROWS = [{"prompt": f"the w{i} w{i + 1}", "target": f"was good w{i} w{i + 1} w{i + 2}"} for i in range(8)]
 PTX = [{"text": f"it is a w{i} and a fine w{i + 2} w{i + 3}"} for i in range(6)]
 
@@ -76,19 +79,15 @@ class Watched:
     """Records the steps of a trainer's run, in order: (kind, rollout or None, rows that PPO learns from)."""
 
     def __init__(self, trainer, monkeypatch):
-        self.steps = []
-        sft_step, joint_step = trainer.sft_step, trainer.joint_step
+        self.steps, self.plans = [], []
+        take = trainer.take
 
-        def sft(batch):
-            self.steps.append(("sft", batch, None))
-            return sft_step(batch)
+        def watched(plan, rollout=None, batches=None, *, rows=None):
+            self.plans.append(plan)
+            self.steps.append((plan.kind, rollout, rows))
+            return take(plan, rollout, batches, rows=rows)
 
-        def joint(rollout, batches=None, *, sft_coef=0.0, ppo_coef=1.0, rows=None):
-            self.steps.append(("joint" if sft_coef else "ppo", rollout, rows))
-            return joint_step(rollout, batches, sft_coef=sft_coef, ppo_coef=ppo_coef, rows=rows)
-
-        monkeypatch.setattr(trainer, "sft_step", sft)
-        monkeypatch.setattr(trainer, "joint_step", joint)
+        monkeypatch.setattr(trainer, "take", watched)
 
 
 @every_strategy
@@ -107,7 +106,7 @@ def test_a_run_takes_the_steps_that_it_says(name, tokenizer, monkeypatch):
     before = weights(trainer).clone()
     trainer.train()
     kinds = [kind for kind, *_ in watched.steps]
-    assert kinds and set(kinds) <= strategy.kinds
+    assert kinds and {name for plan in watched.plans for name in plan.coefs} <= strategy.objectives
     assert trainer.num_steps == len(kinds)
     if strategy.num_steps is not None:
         assert len(kinds) == strategy.num_steps
@@ -147,7 +146,7 @@ def test_a_supervised_step_leaves_the_value_head_bit_identical(name, tokenizer, 
 
     monkeypatch.setattr(trainer, "sft_step", sft)
     trainer.train()
-    assert all(heads) and (heads or "sft" not in trainer.strategy.kinds)
+    assert all(heads) and (heads or trainer.strategy.rolls_out)
 
 
 @every_strategy
@@ -155,8 +154,8 @@ def test_every_prompt_of_a_rollout_goes_to_exactly_one_branch(name, tokenizer, m
     trainer = trainer_of(name, tokenizer, ppo=PPOConfig(batch_size=4, minibatch_size=4, epochs=1, samples_per_prompt=2))
     watched = Watched(trainer, monkeypatch)
     trainer.train()
-    for kind, rollout, rows in watched.steps:
-        if kind == "sft" or rows is None:  # None: PPO learns from all of them
+    for _, rollout, rows in watched.steps:
+        if rows is None:  # no rollout, or PPO learns from all of it
             continue
         assert len(rows.unique()) == len(rows) and set(rows.tolist()) <= set(range(len(rollout)))
         learnt = set(rollout.group[rows].tolist())
@@ -168,19 +167,19 @@ def test_every_prompt_of_a_rollout_goes_to_exactly_one_branch(name, tokenizer, m
 def test_the_first_ratio_of_every_rollout_is_one(name, tokenizer, monkeypatch):
     trainer = trainer_of(name, tokenizer, ppo=PPOConfig(batch_size=4, minibatch_size=4, epochs=1))
     watched, found = Watched(trainer, monkeypatch), []
-    joint_step = trainer.joint_step
+    rollout_step = trainer.rollout_step
 
-    def joint(*args, **kwargs):
-        metrics = joint_step(*args, **kwargs)
+    def stepped(*args, **kwargs):
+        metrics = rollout_step(*args, **kwargs)
         whole = watched.steps[-1][2] is None
         if "ratio_max" in metrics:
             # Fewer rows than were scored meet in other products: rounding of float32.
             found.append(metrics["ratio_max"] == 1.0 if whole else abs(metrics["ratio_max"] - 1) < 1e-5)
         return metrics
 
-    monkeypatch.setattr(trainer, "joint_step", joint)
+    monkeypatch.setattr(trainer, "rollout_step", stepped)
     trainer.train()
-    assert all(found) and (found or trainer.strategy.kinds == {"sft"})
+    assert all(found) and (found or not trainer.strategy.rolls_out)
 
 
 @every_strategy
@@ -217,7 +216,7 @@ def test_it_composes_with_any_token_weight(name, tokenizer, token_weight, monkey
         watched = Watched(trainer, monkeypatch)
         trainer.train()
         runs.append(weights(trainer))
-    supervised = {"sft", "joint"} & {kind for kind, *_ in watched.steps}
+    supervised = any(plan.coefs.keys() & {"sft", "ptx"} for plan in watched.plans)
     assert torch.isfinite(runs[1]).all()
     assert torch.equal(*runs) == (not supervised)
 
@@ -228,15 +227,14 @@ def test_a_run_that_died_goes_on_with_the_same_steps(name, tokenizer, tmp_path, 
     whole.train()
     trainer = trainer_of(name, tokenizer, tmp_path / "part")
     number = (whole.num_steps + 1) // 2
-    for method in ("sft_step", "joint_step"):
-        step = getattr(trainer, method)
+    take = trainer.take
 
-        def dying(*args, step=step, **kwargs):
-            if trainer.num_steps > number:
-                raise Died
-            return step(*args, **kwargs)
+    def dying(*args, **kwargs):
+        if trainer.num_steps > number:
+            raise Died
+        return take(*args, **kwargs)
 
-        monkeypatch.setattr(trainer, method, dying)
+    monkeypatch.setattr(trainer, "take", dying)
     with pytest.raises(Died):
         trainer.train()
 
@@ -259,7 +257,7 @@ def test_prompts_and_padding_are_never_learnt_by_imitation(name, tokenizer):
     trainer = trainer_of(name, tokenizer)
     strategy = trainer.strategy
     examples = strategy.prompts(next(trainer.prompts).examples, 0)
-    source = strategy.supervised(trainer, examples) if "joint" in strategy.kinds else trainer.loader
+    source = iter(trainer.ptx_loader) if "ptx" in strategy.objectives else strategy.supervised(trainer, examples)
     batch = next(source, None)
     if batch is None:
         return  # nothing is learnt by imitation here
@@ -268,6 +266,82 @@ def test_prompts_and_padding_are_never_learnt_by_imitation(name, tokenizer):
         for row, example in zip(batch.labels.tolist(), batch.examples, strict=True):
             start = len(example.prompt_ids) - example.num_hint
             assert set(row[:start]) <= {IGNORE}
+
+
+# Objectives
+
+
+def rows_of(name, trainer):
+    """Rows that the objective may learn from: its own, or a rollout's."""
+    if objective_class(name).rolls_out:
+        return with_advantages(trainer.rollout(next(trainer.prompts)), trainer.config.ppo)
+    return trainer.objectives.own_rows(name)
+
+
+def gradient(trainer, *terms):
+    """The gradient of the terms' sum, one number for each parameter's entry; 0 where there is none."""
+    trainer.policy.zero_grad(set_to_none=True)
+    for term in terms:
+        loss, _ = term.loss_of(term.rows)
+        (term.coef * loss).backward()
+    return torch.cat(
+        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trainer.policy.parameters()]
+    )
+
+
+@every_objective
+def test_the_losses_of_parts_add_up_to_that_of_the_whole(name, tokenizer):
+    trainer = trainer_of("alternate", tokenizer)
+    term = trainer.objectives[name].term(rows_of(name, trainer))
+    whole, _ = term.loss_of(term.rows)
+    parts = [term.loss_of(term.rows[i : i + 1])[0] for i in range(len(term.rows))]
+    assert torch.allclose(sum(parts), whole, rtol=1e-5, atol=1e-6)
+
+
+@every_objective
+def test_a_term_names_its_objective_and_carries_its_coefficient(name, tokenizer):
+    trainer = trainer_of("alternate", tokenizer)
+    objective = trainer.objectives[name]
+    term = objective.term(rows_of(name, trainer), 0.25)
+    assert term.name in (name, objective.label)
+    assert (term.coef, term.lr_factor) == (0.25, objective.lr_factor)
+
+
+@every_objective
+@pytest.mark.parametrize("other", ["sft", "ppo"])
+def test_the_gradient_of_a_sum_is_the_sum_of_the_gradients(name, other, tokenizer):
+    trainer = trainer_of("alternate", tokenizer)
+    one, another = ((trainer.objectives[each], rows_of(each, trainer)) for each in (name, other))
+    terms = [one[0].term(one[1], 0.3), another[0].term(another[1], 0.7)]
+    apart = gradient(trainer, terms[0]) + gradient(trainer, terms[1])
+    assert torch.allclose(gradient(trainer, *terms), apart, rtol=1e-4, atol=1e-7)
+
+
+@every_objective
+def test_a_run_of_it_alone_learns_and_says_its_loss(name, tokenizer, tmp_path):
+    mixing = {"strategy": "blend", "coefs": {name: 1.0}, "steps": 2}
+    trainer = trainer_of("blend", tokenizer, tmp_path / "run", mixing=mixing)
+    trainer.strategy = make_strategy(mixing)
+    before = weights(trainer).clone()
+    trainer.train()
+    assert torch.isfinite(weights(trainer)).all() and not torch.equal(weights(trainer), before)
+    rows = [row for row in read_jsonl(tmp_path / "run" / "metrics.jsonl") if row["phase"] != "eval"]
+    assert [row["phase"] for row in rows] == [name, name]
+    assert all(isinstance(row["loss"], float) for row in rows)
+
+
+@every_objective
+def test_beside_ppo_each_loss_and_coefficient_is_logged(name, tokenizer):
+    trainer = trainer_of("alternate", tokenizer)
+    if objective_class(name).rolls_out:
+        return
+    metrics = trainer.take(Plan(0, {"ppo": 1.0, name: 0.1}), trainer.rollout(next(trainer.prompts)))
+    assert {"ppo_loss", f"{objective_class(name).label or name}_loss"} <= metrics.keys()
+
+
+def test_two_that_call_themselves_the_same_are_told_apart(tokenizer):
+    metrics = trainer_of("alternate", tokenizer).batch_step({"sft": 0.5, "ptx": 0.5})
+    assert {"sft_loss", "ptx_loss"} <= metrics.keys()
 
 
 @pytest.mark.slow
@@ -291,3 +365,14 @@ def test_a_strategy_from_outside_is_put_through_this_suite(tmp_path):
     assert done.returncode == 0, done.stdout
     assert "test_its_spec_makes_it_again[ppo_first] PASSED" in done.stdout
     assert "test_a_run_takes_the_steps_that_it_says[ppo_first] PASSED" in done.stdout
+
+
+@pytest.mark.slow
+def test_an_objective_from_outside_is_put_through_this_suite(tmp_path):
+    (tmp_path / "outside.py").write_text((ROOT / "examples" / "custom_objective.py").read_text())
+    command = [sys.executable, "-m", "pytest", __file__, "-p", "outside", "-k", "modest", "-vv"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    assert "test_a_run_of_it_alone_learns_and_says_its_loss[modest] PASSED" in done.stdout

@@ -36,6 +36,16 @@ def test_the_custom_strategy_trains(stories):
 
 
 @pytest.mark.slow
+def test_the_custom_objective_trains_beside_ppo(stories):
+    lines = run("examples/custom_objective.py", stories)
+    assert "joint step 4/4" in lines[-1].replace("joint  ", "joint ")
+
+
+def test_the_custom_objective_has_at_most_40_lines():
+    assert (ROOT / "examples" / "custom_objective.py").read_text().count("\n") <= 40
+
+
+@pytest.mark.slow
 def test_an_old_trl_loop_runs_on_us(stories):
     assert len(run("examples/trl_migration.py", stories)) == 2
 

@@ -39,7 +39,7 @@ def values(stories, folder, **model):
 
 
 @pytest.fixture(scope="module")
-def run(stories, tmp_path_factory):
+def run(stories, needs_peft, tmp_path_factory):
     """The folder of a LoRA run of four steps."""
     folder = tmp_path_factory.mktemp("export")
     HybridTrainer(config=HybridConfig.from_dict(values(stories, folder, lora={"rank": 4}))).train()

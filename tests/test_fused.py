@@ -21,9 +21,9 @@ from hybrid.core import Encoded, InputError
 from hybrid.data import collate
 from hybrid.fused import kernel_backend
 from hybrid.models import Policy, Reference
+from hybrid.objectives import PPOConfig, SFTConfig, ppo_batch_loss, sft_batch_loss, with_advantages
 from hybrid.rewards import make_reward
 from hybrid.rollout import SamplingConfig, collect
-from hybrid.steps import PPOConfig, SFTConfig, ppo_batch_loss, sft_batch_loss, with_advantages
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is an extra: hybrid-trainer[triton]")
 FUNCTIONS = ["gae", "linear_logprob", "token_stats"]

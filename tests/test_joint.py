@@ -10,8 +10,8 @@ from tiny import tiny_model
 from hybrid import DataConfig, HybridConfig, HybridTrainer, InputError, Policy, PPOConfig, SFTConfig
 from hybrid.core import Encoded
 from hybrid.mixing import Plan, make_strategy
-from hybrid.steps import ppo_term, sft_term, with_advantages
-from hybrid.steps.update import update
+from hybrid.objectives import with_advantages
+from hybrid.objectives.update import update
 
 
 def run(tokenizer, spec, **sections):
@@ -57,9 +57,9 @@ def test_the_joint_gradient_is_the_weighted_sum_of_both(tokenizer, mu):
         update(policy, optimizer, terms, max_grad_norm=math.inf)
         return optimizer.seen
 
-    ppo, sft = trainer.config.ppo, trainer.config.sft
-    together = gradient(ppo_term(policy, rollout, ppo, 1 - mu), sft_term(policy, batch, sft, mu))
-    apart = (1 - mu) * gradient(ppo_term(policy, rollout, ppo)) + mu * gradient(sft_term(policy, batch, sft))
+    ppo, sft = trainer.objectives["ppo"], trainer.objectives["sft"]
+    together = gradient(ppo.term(rollout, 1 - mu), sft.term(batch, mu))
+    apart = (1 - mu) * gradient(ppo.term(rollout)) + mu * gradient(sft.term(batch))
     # Llama's norms compute in float32, whatever the weights are: its rounding is what is left.
     assert (together - apart).abs().max() < 1e-6 * apart.abs().max()
 

@@ -9,8 +9,8 @@ from torch.utils._pytree import tree_leaves
 from hybrid.core import Encoded
 from hybrid.data import collate, left_pad
 from hybrid.models import Policy, Reference
+from hybrid.objectives import PPOConfig, SFTConfig, ppo_batch_loss, sft_batch_loss, with_advantages
 from hybrid.rollout import Responses, assemble
-from hybrid.steps import PPOConfig, SFTConfig, ppo_batch_loss, sft_batch_loss, with_advantages
 
 VOCAB, ROWS, PROMPT, RESPONSE = 50257, 8, 4, 28
 

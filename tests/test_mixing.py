@@ -30,8 +30,8 @@ def test_sequential_is_all_sft_then_all_ppo():
 @pytest.mark.parametrize("spec", [{"sft_steps_per_cycle": 0}, {"ppo_steps_per_cycle": 0}])
 def test_either_phase_may_be_left_out(spec):
     strategy = make_strategy({"cycles": 3, **spec})
-    assert {kind[:3] for kind in kinds(strategy)} == strategy.kinds
-    assert len(strategy.kinds) == 1
+    assert {kind[:3] for kind in kinds(strategy)} == strategy.objectives
+    assert len(strategy.objectives) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A run that was stopped or killed goes on as if it had not been."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybrid import HybridConfig, HybridTrainer
+from hybrid import HybridConfig, HybridTrainer, Policy
 from hybrid.cli import main
 from hybrid.core import InputError
 from hybrid.run import CHECKPOINTS, read_jsonl
@@ -168,3 +169,30 @@ def test_what_cannot_be_resumed_is_refused(tmp_path, capsys):
     for arguments in ([], ["config.yaml", "--resume", str(tmp_path)]):
         assert main(["train", *arguments]) == 2
         assert "train takes a CONFIG" in capsys.readouterr().err
+
+
+def test_a_run_of_the_first_floor_plan_goes_on(tokenizer, tmp_path):
+    """tests/runs/0.1 was saved after its third step by commit 7d4f462, before a step was a sum of terms. Its
+    metrics.jsonl has the fourth too, which comes again to the rounding of another processor."""
+    from tiny import tiny_model
+
+    def score(response):
+        return float("1" in response)
+
+    shutil.copytree(ROOT / "tests" / "runs" / "0.1", tmp_path / "run")
+    expected = rows_of(tmp_path / "run")[-1]
+    trainer = HybridTrainer.resume(
+        tmp_path / "run",
+        policy_or_name=Policy(tiny_model("llama", seed=1)),
+        tokenizer=tokenizer,
+        train_data=[{"prompt": f"the w{i} w{i + 1}", "target": f"was good w{i} w{i + 1} w{i + 2}"} for i in range(8)],
+        ptx_data=[{"text": f"it is a w{i} and a fine w{i + 2} w{i + 3}"} for i in range(6)],
+        reward=score,
+    )
+    assert trainer.num_steps == 3
+    trainer.train()
+    found = rows_of(tmp_path / "run")[-1]
+    assert found.keys() == expected.keys()
+    assert {name: found[name] for name in ("step", "phase", "cycle")} == {"step": 4, "phase": "ppo", "cycle": 0}
+    for name in ("loss", "kl", "entropy", "grad_norm", "value_mean", "ratio_max"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5)

@@ -22,7 +22,7 @@ from hybrid.core import RunStopped
 from hybrid.data import DataConfig
 from hybrid.evaluate import EvalConfig
 from hybrid.mixing import Alternate
-from hybrid.steps import GradientConfig
+from hybrid.objectives import GradientConfig
 
 ROWS = [
     {"prompt": f"Tell me about {who}.", "target": f"Once there was {who}. {rest}"}

@@ -11,9 +11,9 @@ from hybrid.core import Encoded, Rollout
 from hybrid.data import collate
 from hybrid.evaluate.text import evaluate_texts
 from hybrid.models import Policy, Reference
+from hybrid.objectives import SFTConfig, sft_batch_loss
 from hybrid.rewards import AllSkipped, Reward
 from hybrid.rollout import SamplingConfig, collect
-from hybrid.steps import SFTConfig, sft_batch_loss
 
 __all__ = ["distinct_n", "evaluate_responses", "evaluate_sft", "sample_rows"]
 

@@ -142,26 +142,32 @@ def policy_loss(
     if clip is not None:
         kept = ratio.clamp(1.0 - clip, 1.0 + (clip if clip_high is None else clip_high))
     if surrogate == "cispo":
-        loss = -advantage * kept.detach() * logprob.masked_fill(~mask, 0.0)
-        is_clipped = kept != ratio
+        loss, is_clipped = -advantage * kept.detach() * logprob.masked_fill(~mask, 0.0), kept != ratio
     else:
-        unclipped, clipped = -advantage * ratio, -advantage * kept
-        loss = torch.maximum(unclipped, clipped)
-        is_clipped = clipped > unclipped
+        loss, is_clipped = _pessimistic(-advantage * ratio, -advantage * kept)
     if dual_clip is not None:
         loss = torch.where(advantage < 0, torch.minimum(loss, -dual_clip * advantage), loss)
     if weight is not None:
         check_same_shape(weight=weight, mask=mask)
         loss = loss * weight.detach()
 
-    with torch.no_grad():
-        metrics = {
-            "approx_kl": masked_mean(0.5 * log_ratio**2, mask),
-            "clip_fraction": masked_mean(is_clipped.to(loss.dtype), mask),
-            "ratio_mean": masked_mean(ratio, mask),
-            "ratio_max": ratio.masked_fill(~mask, 0.0).max(),
-        }
-    return aggregate(loss, mask, aggregation, fixed_length=fixed_length, num_tokens=num_tokens), metrics
+    total = aggregate(loss, mask, aggregation, fixed_length=fixed_length, num_tokens=num_tokens)
+    return total, _ratio_metrics(log_ratio, ratio, is_clipped, mask)
+
+
+def _pessimistic(unclipped: Tensor, clipped: Tensor) -> tuple[Tensor, Tensor]:
+    """The larger of both losses, and where that is the clipped one."""
+    return torch.maximum(unclipped, clipped), clipped > unclipped
+
+
+@torch.no_grad()
+def _ratio_metrics(log_ratio: Tensor, ratio: Tensor, is_clipped: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    return {
+        "approx_kl": masked_mean(0.5 * log_ratio**2, mask),
+        "clip_fraction": masked_mean(is_clipped.to(ratio.dtype), mask),
+        "ratio_mean": masked_mean(ratio, mask),
+        "ratio_max": ratio.masked_fill(~mask, 0.0).max(),
+    }
 
 
 def _check_clipping(clip: float | None, clip_high: float | None, dual_clip: float | None, surrogate: str) -> None:

@@ -1,5 +1,6 @@
 """Strategies that mix supervised and PPO steps on one policy: which step comes next, with which factors."""
 
+from hybrid.mixing.blend import Blend
 from hybrid.mixing.gate import Gate
 from hybrid.mixing.hint import Hint
 from hybrid.mixing.joint import Joint, Ptx
@@ -7,7 +8,6 @@ from hybrid.mixing.order import Alternate, Sequential
 from hybrid.mixing.strategy import (
     Kind,
     Plan,
-    Source,
     Strategy,
     make_strategy,
     passes,
@@ -17,6 +17,7 @@ from hybrid.mixing.strategy import (
 
 __all__ = [
     "Alternate",
+    "Blend",
     "Gate",
     "Hint",
     "Joint",
@@ -24,7 +25,6 @@ __all__ = [
     "Plan",
     "Ptx",
     "Sequential",
-    "Source",
     "Strategy",
     "make_strategy",
     "passes",

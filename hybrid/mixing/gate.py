@@ -45,7 +45,7 @@ class Gate(Strategy):
         return None
 
     @property
-    def kinds(self) -> set[Kind]:
+    def objectives(self) -> set[str]:
         return {"sft", "ppo"}
 
     def num_updates(self, updates: Mapping[Kind, int]) -> int:
@@ -60,11 +60,11 @@ class Gate(Strategy):
         failed, cycle = self.memory["failed"], self.memory["rollouts"]
         if len(failed) >= self.buffer:
             self.memory["failed"] = []
-            return Plan(cycle - 1, sft_coef=1.0, examples=tuple(failed))
+            return Plan(cycle - 1, {"sft": 1.0}, failed)
         if cycle == self.ppo_steps:
             return None
         self.memory["rollouts"] += 1
-        return Plan(cycle, ppo_coef=1.0)
+        return Plan(cycle, {"ppo": 1.0})
 
     def trained_rows(self, rollout: Rollout, examples: Sequence[Encoded]) -> Tensor:
         assert rollout.group is not None  # collect numbers the prompts

@@ -8,7 +8,8 @@ from itertools import cycle
 from typing import ClassVar
 
 from hybrid.core import IGNORE, Batch, Encoded
-from hybrid.mixing.strategy import Kind, Plan, Source, Strategy, check_range, register_strategy
+from hybrid.mixing.strategy import Plan, Strategy, check_range, register_strategy
+from hybrid.objectives import Parts
 
 __all__ = ["Hint"]
 
@@ -53,15 +54,15 @@ class Hint(Strategy):
         return self.steps
 
     @property
-    def kinds(self) -> set[Kind]:
-        return {"joint" if self.sft_coef else "ppo"}
+    def objectives(self) -> set[str]:
+        return {"ppo", "sft"} if self.sft_coef else {"ppo"}
 
     def for_epochs(self, epochs: float, sft_steps_per_epoch: int, ppo_steps_per_epoch: int) -> "Hint":
         """`epochs` passes over the prompts."""
         return replace(self, steps=math.ceil(epochs * ppo_steps_per_epoch))
 
     def plan(self, step: int, metrics: Mapping[str, float]) -> Plan | None:
-        return Plan(step, sft_coef=self.sft_coef, ppo_coef=1.0) if step < self.steps else None
+        return Plan(step, {"ppo": 1.0, "sft": self.sft_coef}) if step < self.steps else None
 
     def prompts(self, examples: Sequence[Encoded], step: int) -> Sequence[Encoded]:
         self.memory["hint_share"] = share = self.share_at(step)
@@ -78,7 +79,7 @@ class Hint(Strategy):
     def prompt_length(self, example: Encoded) -> int:
         return max(len(example.prompt_ids), len(example.input_ids) - 1)
 
-    def supervised(self, source: Source, examples: Sequence[Encoded]) -> Iterator[Batch]:
+    def supervised(self, source: Parts, examples: Sequence[Encoded]) -> Iterator[Batch]:
         """The hints of these examples over and over, a minibatch's share at a time."""
         return cycle(source.batches_of([_hint_alone(e) for e in examples if e.num_hint]))
 

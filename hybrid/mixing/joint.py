@@ -1,12 +1,12 @@
 """Strategies whose every update has both losses."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from hybrid.core import Batch, Encoded, InputError
-from hybrid.mixing.strategy import Kind, Plan, Source, Strategy, check_range, register_strategy
+from hybrid.core import InputError
+from hybrid.mixing.strategy import Plan, Strategy, check_range, register_strategy
 
 __all__ = ["Joint", "Ptx"]
 
@@ -60,9 +60,9 @@ class Joint(Strategy):
         return self.steps
 
     @property
-    def kinds(self) -> set[Kind]:
+    def objectives(self) -> set[str]:
         plans = (self.plan(step, {}) for step in range(self.steps))
-        return {plan.kind for plan in plans if plan is not None}
+        return {name for plan in plans if plan is not None for name in plan.coefs}
 
     def for_epochs(self, epochs: float, sft_steps_per_epoch: int, ppo_steps_per_epoch: int) -> "Joint":
         """`epochs` passes over the prompts."""
@@ -70,7 +70,7 @@ class Joint(Strategy):
 
     def plan(self, step: int, metrics: Mapping[str, float]) -> Plan | None:
         mu = self.mu_at(step)
-        return Plan(step, sft_coef=mu, ppo_coef=1 - mu) if step < self.steps else None
+        return Plan(step, {"ppo": 1 - mu, "sft": mu}) if step < self.steps else None
 
 
 @register_strategy("ptx")
@@ -97,15 +97,12 @@ class Ptx(Strategy):
         return self.steps
 
     @property
-    def kinds(self) -> set[Kind]:
-        return {"joint" if self.gamma else "ppo"}
+    def objectives(self) -> set[str]:
+        return {"ppo", "ptx"} if self.gamma else {"ppo"}
 
     def for_epochs(self, epochs: float, sft_steps_per_epoch: int, ppo_steps_per_epoch: int) -> "Ptx":
         """`epochs` passes over the prompts."""
         return replace(self, steps=math.ceil(epochs * ppo_steps_per_epoch))
 
     def plan(self, step: int, metrics: Mapping[str, float]) -> Plan | None:
-        return Plan(step, sft_coef=self.gamma, ppo_coef=1.0) if step < self.steps else None
-
-    def supervised(self, source: Source, examples: Sequence[Encoded]) -> Iterator[Batch]:
-        return source.ptx_loader
+        return Plan(step, {"ppo": 1.0, "ptx": self.gamma}) if step < self.steps else None

@@ -11,12 +11,12 @@ from hybrid.mixing.strategy import Kind, Plan, Strategy, check_range, register_s
 __all__ = ["Alternate", "Sequential"]
 
 
-def _kinds(sft_steps: int, ppo_steps: int) -> set[Kind]:
-    counts: dict[Kind, int] = {"sft": sft_steps, "ppo": ppo_steps}
-    kinds = {kind for kind, count in counts.items() if count}
-    if not kinds:
+def _taken(sft_steps: int, ppo_steps: int) -> set[str]:
+    """The objectives of the two whose steps are not 0."""
+    taken = {name for name, count in (("sft", sft_steps), ("ppo", ppo_steps)) if count}
+    if not taken:
         raise InputError("sft_steps and ppo_steps = 0 leave no step to take")
-    return kinds
+    return taken
 
 
 @register_strategy("sequential")
@@ -29,15 +29,15 @@ class Sequential(Strategy):
 
     def __post_init__(self) -> None:
         check_range(self, 0, math.inf, "sft_steps", "ppo_steps")
-        _kinds(self.sft_steps, self.ppo_steps)
+        _taken(self.sft_steps, self.ppo_steps)
 
     @property
     def num_steps(self) -> int:
         return self.sft_steps + self.ppo_steps
 
     @property
-    def kinds(self) -> set[Kind]:
-        return _kinds(self.sft_steps, self.ppo_steps)
+    def objectives(self) -> set[str]:
+        return _taken(self.sft_steps, self.ppo_steps)
 
     def for_epochs(self, epochs: float, sft_steps_per_epoch: int, ppo_steps_per_epoch: int) -> "Sequential":
         """Each phase takes `epochs` passes; a phase with no steps stays out."""
@@ -50,7 +50,7 @@ class Sequential(Strategy):
     def plan(self, step: int, metrics: Mapping[str, float]) -> Plan | None:
         if step >= self.num_steps:
             return None
-        return Plan(0, sft_coef=1.0) if step < self.sft_steps else Plan(1, ppo_coef=1.0)
+        return Plan(0, {"sft": 1.0}) if step < self.sft_steps else Plan(1, {"ppo": 1.0})
 
 
 @register_strategy("alternate")
@@ -123,7 +123,7 @@ class Alternate(Strategy):
             return 0.0
         if self.target_reward <= first:
             return 1.0
-        return min(max((last - first) / (self.target_reward - first), 0.0), 1.0)
+        return float(min(max((last - first) / (self.target_reward - first), 0.0), 1.0))
 
     @property
     def num_steps(self) -> int | None:
@@ -132,9 +132,9 @@ class Alternate(Strategy):
         return sum(sum(self._counts(cycle)) for cycle in range(self.cycles))
 
     @property
-    def kinds(self) -> set[Kind]:
+    def objectives(self) -> set[str]:
         final = (0, 0) if self.curriculum == "none" else self._final
-        return _kinds(self.sft_steps_per_cycle + final[0], self.ppo_steps_per_cycle + final[1])
+        return _taken(self.sft_steps_per_cycle + final[0], self.ppo_steps_per_cycle + final[1])
 
     def num_updates(self, updates: Mapping[Kind, int]) -> int | None:
         """By cycles: a plan looks for its cycle from the first one on, and there may be thousands."""
@@ -161,6 +161,6 @@ class Alternate(Strategy):
         for cycle in range(self.cycles):
             sft, ppo = self._counts(cycle)
             if step < sft + ppo:
-                return Plan(cycle, sft_coef=1.0) if step < sft else Plan(cycle, ppo_coef=1.0)
+                return Plan(cycle, {"sft": 1.0}) if step < sft else Plan(cycle, {"ppo": 1.0})
             step -= sft + ppo
         return None

@@ -1,20 +1,20 @@
-"""What a strategy is: it says which step comes next, and with which factors of the two losses."""
+"""What a strategy is: it says which step comes next, and which objectives are in it."""
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from hybrid.core import Batch, Encoded, InputError, Registry, Rollout, build
+from hybrid.objectives import Parts, objective_class
 
 __all__ = [
     "Kind",
     "Plan",
-    "Source",
     "Strategy",
     "check_range",
     "make_strategy",
@@ -22,8 +22,6 @@ __all__ = [
     "register_strategy",
     "strategy_names",
 ]
-
-Kind = Literal["sft", "ppo", "joint"]
 
 
 def passes(name: str, value: Any) -> float:
@@ -33,51 +31,71 @@ def passes(name: str, value: Any) -> float:
     return value
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One step to take: how much each of the two losses counts in it.
+# How a step is called in logs: its objective's name, or "joint" where it has several.
+Kind = str
 
-    sft_coef alone, then 1: one supervised update.   ppo_coef alone: a rollout, and the PPO updates on it.
-    both: a rollout, and PPO updates whose loss is ppo_coef * L_PPO + sft_coef * L_SFT.
+
+@dataclass(frozen=True, init=False)
+class Plan:
+    """One step to take: which objectives are in its loss, and how much each of them counts.
+
+        Plan(cycle, {"ppo": 0.9, "sft": 0.1})
+
+    One whose objectives include one that rolls out (`ppo`) begins with a rollout, and has as many updates as PPO makes
+    of it; any other is one update. An objective alone has the coefficient 1 where it does not roll out: no optimizer
+    but sgd would see another.
     cycle: the number of the cycle it belongs to, from 0.
     examples: what a supervised step trains on; none: the next batch of the training data.
+    sft_coef, ppo_coef: another way to write these two. A coefficient of 0 leaves the objective out.
     """
 
     cycle: int
-    sft_coef: float = 0.0
-    ppo_coef: float = 0.0
+    coefs: Mapping[str, float]
     examples: tuple[Encoded, ...] = ()
 
-    def __post_init__(self) -> None:
-        if min(self.sft_coef, self.ppo_coef) < 0 or self.sft_coef == self.ppo_coef == 0:
-            raise ValueError(f"a Plan needs factors >= 0, and one above, got {self.sft_coef} and {self.ppo_coef}")
-        if not self.ppo_coef and self.sft_coef != 1:
-            # No optimizer of ours but sgd would see it: it would only look like an effect.
+    def __init__(
+        self,
+        cycle: int,
+        coefs: Mapping[str, float] | None = None,
+        examples: Sequence[Encoded] = (),
+        *,
+        sft_coef: float = 0.0,
+        ppo_coef: float = 0.0,
+    ):
+        given = {"ppo": ppo_coef, "sft": sft_coef} if coefs is None else dict(coefs)
+        if not all(0 <= coef < math.inf for coef in given.values()) or not any(given.values()):
+            raise ValueError(f"a Plan needs coefficients >= 0, and one above, got {given}")
+        # What rolls out comes first, in whatever order they were named: the same sum, to the last bit.
+        names = sorted((name for name in given if given[name]), key=lambda name: not objective_class(name).rolls_out)
+        if len(names) == 1 and not objective_class(names[0]).rolls_out and given[names[0]] != 1:
             raise ValueError(
-                f"a Plan's sft_coef must be 1 where it stands alone, got {self.sft_coef}; sft.lr_factor scales the step"
+                f"a Plan's {names[0]}_coef must be 1 where it stands alone, got {given[names[0]]}; "
+                f"{names[0]}.lr_factor scales the step"
             )
+        object.__setattr__(self, "cycle", cycle)
+        object.__setattr__(self, "coefs", {name: given[name] for name in names})
+        object.__setattr__(self, "examples", tuple(examples))
+
+    @property
+    def sft_coef(self) -> float:
+        """The coefficient of `sft`, 0 where it is not in it."""
+        return self.coefs.get("sft", 0.0)
+
+    @property
+    def ppo_coef(self) -> float:
+        """The coefficient of `ppo`, 0 where it is not in it."""
+        return self.coefs.get("ppo", 0.0)
+
+    @property
+    def rolls_out(self) -> bool:
+        """Whether the step begins with a rollout."""
+        return any(objective_class(name).rolls_out for name in self.coefs)
 
     @property
     def kind(self) -> Kind:
-        """A loss with factor 0 is not computed at all: the step is then bit for bit one of the other kind."""
-        if not self.ppo_coef:
-            return "sft"
-        return "joint" if self.sft_coef else "ppo"
-
-
-class Source(Protocol):
-    """Where supervised batches come from; the trainer is one."""
-
-    @property
-    def loader(self) -> Iterator[Batch]:
-        """Endless batches of the training data."""
-
-    @property
-    def ptx_loader(self) -> Iterator[Batch]:
-        """Endless batches of the second data set."""
-
-    def batches_of(self, examples: Sequence[Encoded]) -> list[Batch]:
-        """These examples in batches of a supervised step's size."""
+        """What the step is called. An objective with coefficient 0 is not computed at all: the step is then bit for bit
+        one without it."""
+        return next(iter(self.coefs)) if len(self.coefs) == 1 else "joint"
 
 
 class Strategy(ABC):
@@ -100,20 +118,33 @@ class Strategy(ABC):
         """How many steps there will be, or None where that depends on what happens."""
 
     @property
-    @abstractmethod
+    def objectives(self) -> set[str]:
+        """The objectives that its plans may name."""
+        # Strategies that know of two losses only say `kinds`.
+        of = {"sft": {"sft"}, "ppo": {"ppo"}, "joint": {"sft", "ppo"}}
+        return {name for kind in self.kinds for name in of.get(kind, {kind})}
+
+    @property
     def kinds(self) -> set[Kind]:
-        """The kinds of step it may ask for."""
+        """The kinds of step that it may ask for."""
+        raise NotImplementedError(f"{type(self).__name__} must say which objectives its plans may name")
+
+    @property
+    def rolls_out(self) -> bool:
+        """Whether any of its steps may begin with a rollout."""
+        return any(objective_class(name).rolls_out for name in self.objectives)
 
     @abstractmethod
     def for_epochs(self, epochs: float, sft_steps_per_epoch: int, ppo_steps_per_epoch: int) -> "Strategy":
         """The same mixture, as long as `epochs` passes over the data take."""
 
     def num_updates(self, updates: Mapping[Kind, int]) -> int | None:
-        """Optimizer steps of the whole run, given how many a step of each kind makes; None where not known."""
+        """Optimizer steps of the whole run, given how many a step makes with a rollout ("ppo", "joint") and without
+        ("sft"); None where not known."""
         if self.num_steps is None:
             return None
         plans = (self.plan(step, {}) for step in range(self.num_steps))
-        return sum(updates[plan.kind] for plan in plans if plan is not None)
+        return sum(updates["ppo"] if plan.rolls_out else 1 for plan in plans if plan is not None)
 
     # Hooks of a step with a rollout
 
@@ -132,8 +163,8 @@ class Strategy(ABC):
         """
         return None
 
-    def supervised(self, source: Source, examples: Sequence[Encoded]) -> Iterator[Batch]:
-        """The supervised batches of a joint step, one for each update."""
+    def supervised(self, source: Parts, examples: Sequence[Encoded]) -> Iterator[Batch]:
+        """The batches of objective `sft` in a step with a rollout of these examples, one for each update."""
         return source.loader
 
     def metrics(self) -> dict[str, float]:
@@ -171,7 +202,8 @@ def make_strategy(spec: Mapping[str, Any]) -> Strategy:
     """A strategy from a flat spec: its name under `strategy` ("alternate" by default), its fields beside it."""
     fields = {key: value for key, value in spec.items() if key != "strategy"}
     name = spec.get("strategy", "alternate")
-    return build(_strategies[name], fields, what=f"mixing strategy {name!r}", path="mixing")
+    made: Strategy = build(_strategies[name], fields, what=f"mixing strategy {name!r}", path="mixing")
+    return made
 
 
 def strategy_names() -> list[str]:

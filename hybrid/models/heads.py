@@ -24,4 +24,5 @@ class ValueHead(nn.Module):
         """(B, T, D) -> (B, T) float32 (float64 in a float64 head)."""
         weight = self.linear.weight
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.linear(self.dropout(hidden.to(weight.dtype))).squeeze(-1)
+            value: Tensor = self.linear(self.dropout(hidden.to(weight.dtype)))
+            return value.squeeze(-1)

@@ -29,7 +29,8 @@ def loaded(name: str, path: str) -> Callable[..., torch.optim.Optimizer]:
     module, _, attribute = path.partition(":")
     backend = module.partition(".")[0]
     try:
-        return getattr(import_module(module), attribute)
+        made: Callable[..., torch.optim.Optimizer] = getattr(import_module(module), attribute)
+        return made
     except ImportError as error:
         raise _not_installed(name, backend) from error
     except AttributeError:

@@ -62,7 +62,7 @@ def polynomial(step: int, *, total: int, warmup: int, power: float, end: float) 
     """end + (1 - end) (1 - p)^power."""
     if step < warmup:
         return _warm(step, warmup)
-    return end + (1 - end) * (1 - _progress(step, total, warmup)) ** power
+    return float(end + (1 - end) * (1 - _progress(step, total, warmup)) ** power)
 
 
 def warmup_stable_decay(

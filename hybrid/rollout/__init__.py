@@ -1,11 +1,12 @@
 """Rollouts: sample responses, score them, assemble what PPO learns from."""
 
-from hybrid.rollout.collect import ScoreConfig, assemble, collect, respond, response_texts
+from hybrid.rollout.collect import CollectOptions, ScoreConfig, assemble, collect, respond, response_texts
 from hybrid.rollout.kl import KLConfig, KLKind, kl_controller
 from hybrid.rollout.lists import Ids, from_lists
 from hybrid.rollout.sample import Responses, SamplingConfig, sample
 
 __all__ = [
+    "CollectOptions",
     "Ids",
     "KLConfig",
     "KLKind",

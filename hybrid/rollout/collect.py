@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from hybrid.rollout.kl import KLKind
 from hybrid.rollout.sample import Responses, SamplingConfig, sample
 from hybrid.rollout.stop import before_stop, stop_rule
 
-__all__ = ["ScoreConfig", "assemble", "collect", "respond", "response_texts", "shaped_score"]
+__all__ = ["CollectOptions", "ScoreConfig", "assemble", "collect", "respond", "response_texts", "shaped_score"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,21 @@ class ScoreConfig:
             raise ValueError(f"ScoreConfig.missing_eos_penalty must be >= 0, got {self.missing_eos_penalty}")
 
 
+class CollectOptions(TypedDict, total=False):
+    """What becomes of responses, however they came: `collect` and `assemble` take these.
+
+    score: what happens to the scores.   kl_coef: the weight of the per-token KL in the reward; 0 where the KL belongs
+        into the loss.   kl_kind: its estimate.
+    microbatch_size: rows of one scoring forward; None: all. Where PPO's first epoch uses the same, its first ratios are
+        exactly 1: the same rows went through the same products.
+    """
+
+    score: ScoreConfig | None
+    kl_coef: float
+    kl_kind: KLKind
+    microbatch_size: int | None
+
+
 def collect(
     policy: Policy,
     references: Sequence[Reference],
@@ -48,20 +63,15 @@ def collect(
     *,
     tokenizer: Any,
     sampling: SamplingConfig | None = None,
-    score: ScoreConfig | None = None,
-    kl_coef: float = 0.0,
-    kl_kind: KLKind = "k1",
-    microbatch_size: int | None = None,
     samples_per_prompt: int = 1,
     generator: torch.Generator | None = None,
     allow_gap: bool = False,
+    **options: Unpack[CollectOptions],
 ) -> Rollout:
     """Answer the batch's prompts, score the answers, and assemble the rollout.
 
     samples_per_prompt: responses to each prompt; they stand together and are one `group`, of the prompt's number.
-    kl_coef: the weight of the per-token KL in the reward; 0 where the KL belongs into the loss.
-    microbatch_size: rows of one scoring forward. Where PPO's first epoch uses the same, its first ratios are
-        exactly 1: the same rows went through the same products.
+    options: see `CollectOptions`.
     allow_gap: whether the responses may have been drawn from another distribution than the training forward's, as
         where `PPOConfig.importance` corrects for it; else that is a RunStopped (see `check_sampling_gap`).
     A response that the reward skips (`on_error: skip`) is left out of the rollout, and of its group.
@@ -94,12 +104,9 @@ def collect(
             prompt_mask[kept],
             responses.of(kept),
             scores.values[kept],
-            score=score,
             # Of a greedy response there is no distribution: its log-probs are the model's own.
             temperature=sampling.temperature or 1.0,
-            kl_coef=kl_coef,
-            kl_kind=kl_kind,
-            microbatch_size=microbatch_size,
+            **options,
             group=torch.tensor([i // samples_per_prompt for i in kept], device=prompt_ids.device),
         )
     if not allow_gap:
@@ -166,7 +173,9 @@ def response_texts(
     """
     rows = [ids[mask].tolist() for ids, mask in zip(responses.ids, responses.mask, strict=True)]
     fronts = [[]] * len(rows) if hints is None else hints
-    texts = tokenizer.batch_decode([[*f, *row] for f, row in zip(fronts, rows, strict=True)], skip_special_tokens=True)
+    texts: list[str] = tokenizer.batch_decode(
+        [[*f, *row] for f, row in zip(fronts, rows, strict=True)], skip_special_tokens=True
+    )
     if not stop:
         return texts
     begins = [len(text) for text in tokenizer.batch_decode(fronts, skip_special_tokens=True)]
@@ -249,7 +258,8 @@ def _check_ids(input_ids: Tensor, backbone: Backbone) -> None:
 def prompt_groups(prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
     """A number for each row, equal where the prompts have the same tokens, (B, P) -> (B,) int64."""
     # -1 is no token: what fills the padding may be one.
-    return prompt_ids.masked_fill(~prompt_mask.bool(), -1).unique(dim=0, return_inverse=True)[1]
+    _, numbers = prompt_ids.masked_fill(~prompt_mask.bool(), -1).unique(dim=0, return_inverse=True)
+    return torch.as_tensor(numbers)
 
 
 def _scored(

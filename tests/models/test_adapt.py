@@ -12,6 +12,7 @@ from hybrid.core import InputError
 from hybrid.models import LoraConfig, Policy, Reference, add_lora, under_adapter
 from hybrid.models.adapt import without_adapter
 
+pytestmark = pytest.mark.usefixtures("needs_peft")
 LORA = LoraConfig(rank=2, alpha=4)
 
 

@@ -44,9 +44,9 @@ def test_the_gradient_is_the_same_bit_for_bit_and_far_less_is_kept(family, train
     assert kept < without / 4
 
 
+@pytest.mark.usefixtures("needs_peft")
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 def test_adapters_get_the_same_gradient_over_frozen_layers(train):
-    pytest.importorskip("peft")
     model = tiny_model("llama")
     add_lora(model, LoraConfig(rank=2, dropout=0.5))
     for name, parameter in model.named_parameters():

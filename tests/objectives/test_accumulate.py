@@ -5,7 +5,7 @@ import torch
 
 from hybrid.core import Encoded, RunStopped
 from hybrid.data import collate
-from hybrid.steps import GradientConfig, Term, Updater, update
+from hybrid.objectives import GradientConfig, Term, Updater, update
 
 VOCAB, WIDTH = 50, 16
 

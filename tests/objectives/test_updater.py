@@ -7,7 +7,7 @@ import torch
 
 from hybrid.core import Encoded, InputError, RunStopped
 from hybrid.data import collate
-from hybrid.steps import GradientConfig, Term, Updater
+from hybrid.objectives import GradientConfig, Term, Updater
 
 BATCH = collate([Encoded((5, 6, 7), (-100, 6, 7), (5,), "", "", {})], pad_id=0)
 
@@ -22,7 +22,7 @@ def made(scheduler, *, num_updates=10, optimizer=None, **options):
 def step(updater, lr_factor=1.0, factor=1.0):
     """One update, its loss times `factor`."""
     loss = lambda _: (factor * updater.module(torch.ones(80)).square().mean(), {})  # noqa: E731
-    return updater([Term("sft", BATCH, loss)], lr_factor=lr_factor)
+    return updater([Term("sft", BATCH, loss, lr_factor=lr_factor)])
 
 
 NAN = float("nan")

@@ -24,6 +24,7 @@ class Term(Generic[Rows]):
     loss_of: rows -> (loss, metrics), for the rows and for any part of them. The loss is already divided by the
         count of the WHOLE update, so that the losses of parts, and their gradients, simply add up.
     coef: the factor of the loss.   microbatch_size: rows of one forward and backward; None: all.
+    lr_factor: the factor of the learning rate of an update that has no other term.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Term(Generic[Rows]):
     loss_of: Callable[[Rows], Loss]
     coef: float = 1.0
     microbatch_size: int | None = None
+    lr_factor: float = 1.0
 
 
 def split(rows: Rows, size: int | None) -> list[Rows]:

@@ -9,9 +9,9 @@ from tiny import tiny_model
 from hybrid.core import Encoded
 from hybrid.functional import gae, masked_whiten
 from hybrid.models import Policy, Reference
+from hybrid.objectives import Divisors, PPOConfig, minibatches, ppo_batch_loss, rollout_metrics, split, with_advantages
 from hybrid.rewards import make_reward
 from hybrid.rollout import SamplingConfig, collect
-from hybrid.steps import Divisors, PPOConfig, minibatches, ppo_batch_loss, rollout_metrics, split, with_advantages
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
 

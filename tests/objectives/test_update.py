@@ -8,8 +8,8 @@ from torch.utils._pytree import tree_leaves
 from hybrid.core import Encoded
 from hybrid.data import collate, pack
 from hybrid.models import Policy
+from hybrid.objectives import GradientConfig, SFTConfig, Term, over_updates, scaled_lr, sft_batch_loss, split, update
 from hybrid.optim import make_optimizer
-from hybrid.steps import GradientConfig, SFTConfig, Term, over_updates, scaled_lr, sft_batch_loss, split, update
 
 
 @pytest.fixture
@@ -81,8 +81,8 @@ def linear_step(loss, *, lr_factor=1.0, max_grad_norm=1.0):
     torch.nn.init.ones_(module.weight)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
     batch = collate(encoded(4), pad_id=0)
-    term = Term("sft", batch, lambda _: (loss(module.weight), {}))
-    metrics = update(module, optimizer, [term], lr_factor=lr_factor, max_grad_norm=max_grad_norm)
+    term = Term("sft", batch, lambda _: (loss(module.weight), {}), lr_factor=lr_factor)
+    metrics = update(module, optimizer, [term], max_grad_norm=max_grad_norm)
     return module.weight.item(), metrics, optimizer
 
 

@@ -11,9 +11,9 @@ from hybrid import HybridConfig, HybridTrainer, PPOConfig, SamplingConfig
 from hybrid.core import Encoded, InputError
 from hybrid.functional import masked_whiten
 from hybrid.models import Policy, Reference
+from hybrid.objectives import check_groups, minibatches, ppo_batch_loss, rollout_metrics, with_advantages
 from hybrid.rewards import make_reward
 from hybrid.rollout import collect
-from hybrid.steps import check_groups, minibatches, ppo_batch_loss, rollout_metrics, with_advantages
 
 GROUPED = ["group", "group_mean", "leave_one_out"]
 CRITIC_FREE = [*GROUPED, "reinforce++"]

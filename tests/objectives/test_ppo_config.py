@@ -2,7 +2,7 @@
 
 import pytest
 
-from hybrid.steps import PPOConfig
+from hybrid.objectives import PPOConfig
 
 GROUPED = ["group", "group_mean", "leave_one_out"]
 

@@ -9,10 +9,10 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from hybrid.core import RunStopped, unknown_name
+from hybrid.objectives.accumulate import Term
+from hybrid.objectives.precision import Precision, grad_scaler
+from hybrid.objectives.update import GradientConfig, update
 from hybrid.optim import optimizer_from, scheduler_from, warmup_steps
-from hybrid.steps.accumulate import Term
-from hybrid.steps.precision import Precision, grad_scaler
-from hybrid.steps.update import GradientConfig, update
 
 __all__ = ["Updater"]
 
@@ -77,7 +77,7 @@ class Updater:
             self._made.append(scheduler_from(self.optimizer, self._section, num_training_steps=self._length))
         return self._made[0]
 
-    def __call__(self, terms: Sequence[Term[Any]], *, lr_factor: float = 1.0) -> dict[str, float]:
+    def __call__(self, terms: Sequence[Term[Any]]) -> dict[str, float]:
         """One optimizer step and one of the scheduler; see `update` for the metrics.
 
         The scheduler counts skipped steps too, so that it ends where the run does.
@@ -86,7 +86,7 @@ class Updater:
         """
         scheduler = self.scheduler  # before the step: it sets the first rate
         metrics = update(
-            self.module, self.optimizer, terms, max_grad_norm=self.gradient.max_norm, lr_factor=lr_factor,
+            self.module, self.optimizer, terms, max_grad_norm=self.gradient.max_norm,
             scaler=self.scaler, row_limits=self.row_limits,
         )  # fmt: skip
         if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):

@@ -1,24 +1,26 @@
 """bfloat16 and float16 computation: float32 losses, and in float16 gradients that do not vanish."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import tiny_model
 
 from hybrid.core import Encoded
 from hybrid.data import collate
+from hybrid.functional import FixedKL
 from hybrid.models import Policy, Reference
-from hybrid.rollout import Responses, assemble
-from hybrid.steps import (
+from hybrid.objectives import (
     PPOConfig,
     SFTConfig,
     Term,
     autocast,
     grad_scaler,
-    ppo_term,
-    sft_term,
+    make_objective,
     update,
     with_advantages,
 )
+from hybrid.rollout import KLConfig, Responses, assemble
 
 CPU = torch.device("cpu")
 # Half a unit in the last of 11 bits (8 in bfloat16), for sums over a few layers.
@@ -31,19 +33,20 @@ def rows(seed=0):
 
 
 def term_of(policy, phase, precision, coef=1.0):
-    in_precision = lambda: autocast(precision, CPU)  # noqa: E731
+    parts = SimpleNamespace(policy=policy, kl=FixedKL(0.0), autocast=lambda: autocast(precision, CPU))
+    config = PPOConfig(batch_size=3, minibatch_size=3)
+    objective = make_objective(phase, parts, {"sft": SFTConfig(), "ppo": config, "kl": KLConfig()})
     if phase == "sft":
         batch = collate([Encoded(tuple(ids), tuple(ids), (ids[0],), "", "", {}) for ids in rows().tolist()], pad_id=0)
-        return sft_term(policy, batch, SFTConfig(), coef, autocast=in_precision)
+        return objective.term(batch, coef)
     prompts, answers = rows(), rows(1)
     whole = torch.ones_like(answers, dtype=torch.bool)
-    config = PPOConfig(batch_size=3, minibatch_size=3)
     # In float32 for all: the ratios' numerators alone are in question.
     rollout = assemble(
         policy, [Reference.from_policy(policy)], prompts, torch.ones_like(prompts),
         Responses(answers, whole, whole[:, 0]), torch.tensor([1.0, -1.0, 0.5]),
     )  # fmt: skip
-    return ppo_term(policy, with_advantages(rollout, config), config, coef, autocast=in_precision)
+    return objective.term(with_advantages(rollout, config), coef)
 
 
 def gradient(phase, precision, *, coef=1.0, scaled=True):

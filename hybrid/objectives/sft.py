@@ -1,15 +1,20 @@
-"""The supervised step: a batch in, a loss out. No optimizer in here."""
+"""Imitation: the cross-entropy of the targets. No optimizer in here."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
-from hybrid.core import IGNORE, Batch
+from hybrid.core import IGNORE, Batch, InputError
+from hybrid.data import Loader
 from hybrid.functional import TokenWeight, sft_loss
 from hybrid.models import Policy
+from hybrid.objectives.accumulate import Loss
+from hybrid.objectives.objective import Objective, Parts, register_objective
 
-__all__ = ["SFTConfig", "sft_batch_loss"]
+__all__ = ["SFT", "SFTConfig", "sft_batch_loss"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,35 @@ class SFTConfig:
             raise ValueError(f"SFTConfig.markov_decay must lie in (0, 1], got {self.markov_decay}")
         if self.markov_window is not None and self.markov_window < 1:
             raise ValueError(f"SFTConfig.markov_window must be >= 1, got {self.markov_window}")
+
+
+@register_objective("sft")
+class SFT(Objective[Batch]):
+    """The targets of the training data, with dropout."""
+
+    what = "training"
+
+    def __init__(self, parts: Parts, sft: SFTConfig):
+        super().__init__(parts)
+        self.config, self.lr_factor = sft, sft.lr_factor
+        # A strategy may hand over more examples than a batch of the data has.
+        self.microbatch_size = sft.microbatch_size or sft.batch_size
+
+    def rows(self) -> Loader:
+        return self.parts.loader
+
+    def check(self) -> None:
+        if not any(example.has_target for example in self.rows().examples):
+            raise InputError(
+                f"this mixture learns from targets, and no {self.what} example has one; "
+                "name their column, or leave the supervised steps out of mixing"
+            )
+
+    def loss_of(self, whole: Batch) -> Callable[[Batch], Loss]:
+        """Raises InputError where no token is trained."""
+        if not whole.num_tokens:
+            raise InputError("a supervised step: the batch has no target token to train on")
+        return partial(sft_batch_loss, self.parts.policy, config=self.config, num_tokens=whole.num_tokens)
 
 
 def sft_batch_loss(

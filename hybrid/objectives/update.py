@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.amp import GradScaler
 
-from hybrid.steps.accumulate import Term, accumulate
+from hybrid.objectives.accumulate import Term, accumulate
 
 __all__ = ["GradientConfig", "over_updates", "scaled_lr", "update"]
 
@@ -36,13 +36,13 @@ def update(
     terms: Sequence[Term[Any]],
     *,
     max_grad_norm: float = 1.0,
-    lr_factor: float = 1.0,
     scaler: GradScaler | None = None,
     row_limits: dict[str, int] | None = None,
 ) -> dict[str, float]:
     """Accumulate the gradients of all terms, clip their norm, and step the optimizer once.
 
         loss = sum over terms of coef * loss_of(rows)
+        rate = lr * mean over terms, weighted by coef, of lr_factor
 
     scaler: of float16's losses; None: no scaling.   row_limits: see `accumulate`, which may lower them.
     Returns the terms' metrics, then loss (the sum; of several terms also each one's, as NAME_loss), grad_norm (before
@@ -61,7 +61,8 @@ def update(
     scaler.unscale_(optimizer)
     grad_norm = float(nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm))
     finite = math.isfinite(grad_norm) and math.isfinite(loss)
-    with scaled_lr(optimizer, lr_factor):
+    total = sum(term.coef for term in terms)
+    with scaled_lr(optimizer, sum(term.coef / total * term.lr_factor for term in terms)):
         lr = optimizer.param_groups[0]["lr"]
         if finite:
             optimizer.step()

@@ -1,0 +1,38 @@
+"""A loss of your own, mixed with PPO: keep the policy unsure of the targets' tokens.  custom_objective.py MODEL"""
+
+import sys
+
+from hybrid import Batch, HybridConfig, HybridTrainer, Objective, PPOConfig, register_objective
+from hybrid.core import IGNORE
+from hybrid.functional import masked_sum
+
+ROWS = [{"prompt": f"Say {w}.", "target": f"{w}, {w}, {w}!"} for w in ("yes", "no", "hello", "why", "sun", "sea")]
+
+
+@register_objective("modest")
+class Modest(Objective[Batch]):
+    """The squared probability of each target token, which imitation alone would drive to 1."""
+
+    def rows(self):
+        return self.parts.loader
+
+    def loss_of(self, whole):
+        def loss(part):
+            policy = self.parts.policy
+            hidden = policy.backbone(part.input_ids, part.attention_mask)
+            prob = policy.target_logprob(hidden, part.labels)[:, 1:].exp()
+            total = masked_sum(prob.square(), part.labels[:, 1:] != IGNORE)
+            return total / whole.num_tokens, {}
+
+        return loss
+
+
+def main(model: str) -> None:
+    mixing = {"strategy": "blend", "coefs": {"ppo": 1.0, "modest": 0.1}, "steps": 4}
+    config = HybridConfig(mixing=mixing, ppo=PPOConfig(batch_size=4, minibatch_size=2))
+    trainer = HybridTrainer(model, train_data=ROWS, reward=lambda text: text.count("!"), config=config)
+    trainer.train()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2])

@@ -1,0 +1,397 @@
+"""The learner: one policy, one optimizer, and each step that a person writes by hand."""
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybrid.config import HybridConfig
+from hybrid.core import Batch, Encoded, InputError, Rollout
+from hybrid.corpus import encoded_corpus
+from hybrid.data import Loader
+from hybrid.evaluate import evaluate_responses, evaluate_sft
+from hybrid.mixing import Plan, Strategy, make_strategy
+from hybrid.models import Policy
+from hybrid.objectives import (
+    Objectives,
+    Term,
+    Updater,
+    autocast,
+    check_groups,
+    minibatches,
+    over_updates,
+    rollout_metrics,
+    with_advantages,
+)
+from hybrid.rewards import make_reward
+from hybrid.rollout import (
+    CollectOptions,
+    Ids,
+    SamplingConfig,
+    assemble,
+    collect,
+    from_lists,
+    kl_controller,
+    respond,
+    response_texts,
+)
+from hybrid.run import open_run_folder
+from hybrid.setup import (
+    Loaders,
+    ReferenceLike,
+    build_loaders,
+    build_models,
+    load_tokenizer,
+    model_context,
+    random_streams,
+    read_examples_of,
+    resolved,
+)
+
+__all__ = ["Learner"]
+
+Metrics = dict[str, float]
+
+
+class Learner:
+    """Supervised fine-tuning and PPO on one language model. Owns the policy, its optimizer and its references.
+
+        learner = Learner("gpt2", train_data="reviews.jsonl", reward=my_function)
+        for batch in learner.loader:                # endless
+            learner.sft_step(batch)
+            rollout = learner.rollout(batch)
+            learner.ppo_step(rollout)
+
+    A step is a sum of terms, one for each objective in it:
+
+        learner.batch_step({"sft": 1.0})                            # one update, on the objective's own rows
+        learner.rollout_step(rollout, {"ppo": 1.0, "sft": 0.1})     # every update that PPO makes of a rollout
+        learner.update([learner.objectives["sft"].term(batch)])     # by hand
+
+    policy_or_name: a `Policy`, a transformers model, or a model's folder or hub name; the config's where None.
+    tokenizer: the model's own where None; or a model's name.
+    train_data, eval_data, ptx_data: a file, a hub name, a datasets.Dataset, a frame, a list of dicts (docs/data.md);
+        the config's where None. ptx_data is the second data set, which objective `ptx` trains on.
+    reward: a spec, a function or a `Reward`; the config's where None.
+    reference: a `Reference`, a policy to copy, a model's name, or several; the config's (a frozen copy of the
+        policy) where None.
+    Everything that can be refused is refused before a model is loaded (InputError).
+    Seeds torch's global generator with `config.run.seed`.
+    """
+
+    def __init__(
+        self,
+        policy_or_name: Policy | nn.Module | str | Path | None = None,
+        tokenizer: Any = None,
+        train_data: Any = None,
+        reward: Any = None,
+        config: HybridConfig | None = None,
+        eval_data: Any = None,
+        reference: ReferenceLike | Sequence[ReferenceLike] | None = None,
+        ptx_data: Any = None,
+    ):
+        config = resolved(config, policy_or_name, train_data, eval_data, reward, ptx_data)
+        source = config.model.name if policy_or_name is None else policy_or_name
+        if source is None:
+            raise InputError(f"{type(self).__name__} needs a model: give policy_or_name, or the config's model.name")
+        torch.manual_seed(config.run.seed)
+        self.strategy = make_strategy(config.mixing)
+        self.reward = None if config.reward is None else make_reward(config.reward)
+        self.folder = None if config.run.output is None else open_run_folder(config.run.output)
+        examples = read_examples_of(config, train_data, eval_data, ptx_data, self.reward)
+        context = model_context(source)
+        self.tokenizer = load_tokenizer(source, tokenizer)
+        self.corpus = encoded_corpus(config, self.tokenizer, *examples, context=context)
+        # A bare prompt goes through the template that the data's prompts went through, in later commands too.
+        self.config = replace(config, data=replace(config.data, template=self.corpus.prompt_template))
+        for other in config.references:
+            if other.model is not None and reference is None:
+                model_context(other.model)
+        self.policy, self.references = build_models(source, reference, config, self.tokenizer)
+        if self.reward is not None:
+            self.reward.setup(self.policy.device)
+        self.updater = Updater(
+            self.policy, config.optimizer, config.scheduler, config.gradient,
+            num_updates=self.num_updates(self.strategy), precision=config.model.precision,
+        )  # fmt: skip
+        self.kl = kl_controller(config.kl)
+        self.sampler, self.shuffler, self.speaker = random_streams(config.run.seed, self.policy.device)
+        self.objectives = Objectives(self, lambda: vars(self.config))
+        self.num_steps = 0  # of the loop, of all kinds together
+        self.begun = False  # whether the run in its folder is its own
+
+    # The steps
+
+    def update(self, terms: Sequence[Term[Any]]) -> Metrics:
+        """One optimizer step whose loss is the sum of the terms."""
+        return self.updater(terms)
+
+    def batch_step(self, coefs: Mapping[str, float], rows: Mapping[str, Any] | None = None) -> Metrics:
+        """One update of objectives that need no rollout.
+
+            loss = sum over names of coefs[name] * L_name(rows[name])
+
+        rows: a batch, or what makes one (examples as in `train_data`), by name; where it has none, the objective's own.
+        """
+        began = time.perf_counter()
+        given = dict(rows or {})
+        terms = self._terms(
+            {name: given[name] if name in given else self.objectives.own_rows(name) for name in coefs}, coefs
+        )
+        metrics = self.update(terms)
+        if "nll" in metrics:
+            metrics["perplexity"] = math.exp(min(metrics["nll"], 700.0))
+        seen = sum(int(term.rows.attention_mask.bool().sum()) for term in terms)
+        return {
+            **metrics,
+            "num_tokens": float(sum(term.rows.num_tokens for term in terms)),
+            "tokens_per_second": seen / (time.perf_counter() - began),
+        }
+
+    def rollout_step(
+        self,
+        rollout: Rollout,
+        coefs: Mapping[str, float],
+        batches: Mapping[str, Iterator[Batch]] | None = None,
+        *,
+        rows: Tensor | None = None,
+    ) -> Metrics:
+        """All the updates that PPO makes of a rollout, then the KL coefficient's update.
+
+            loss = sum over names of coefs[name] * L_name(the minibatch, or next(batches[name]))
+
+        batches: what the objectives that do not roll out learn from, one for each update; of one that has come to its
+            end nothing is learnt any more. Where it has none, the objective's own rows.
+        rows: of the rollout, those that are learnt from; None: all. The rollout's metrics are of all.
+        The metrics of the updates are averaged (`ratio_max`: the maximum, `skipped_updates`: the sum).
+        """
+        began = time.perf_counter()
+        config = self.config.ppo
+        learnt = with_advantages(rollout if rows is None else rollout[rows.to(self.policy.device)], config)
+        steps: list[Metrics] = []
+        for picked in minibatches(len(learnt), config, self.shuffler):
+            minibatch = learnt[picked.to(self.policy.device)]
+            beside = {name: self._beside(name, batches or {}) for name in coefs if not self.objectives[name].rolls_out}
+            of = {name: beside.get(name, minibatch) for name in coefs}
+            steps.append(self.update(self._terms({name: x for name, x in of.items() if x is not None}, coefs)))
+            if config.target_kl is not None and steps[-1]["approx_kl"] > config.target_kl:
+                break
+        whole = learnt if rows is None else with_advantages(rollout, config)
+        metrics = rollout_metrics(whole) | over_updates(steps) | {"kl_coef": self.kl.coef}
+        if math.isfinite(metrics["kl"]):  # else its updates were skipped, and it says nothing
+            self.kl.update(metrics["kl"], len(rollout))
+        seconds = {**rollout.seconds, "update": time.perf_counter() - began}
+        return {
+            **metrics,
+            **{f"seconds_{part}": taken for part, taken in seconds.items()},
+            "tokens_per_second": rollout.num_tokens / sum(seconds.values()),
+        }
+
+    def take(
+        self,
+        plan: Plan,
+        rollout: Rollout | None = None,
+        batches: Mapping[str, Iterator[Batch]] | None = None,
+        *,
+        rows: Tensor | None = None,
+    ) -> Metrics:
+        """The step of a plan, with the rollout that it begins with; see `rollout_step` for `batches` and `rows`.
+
+        What has names of its own goes by them: a subclass that changes `sft_step` or `joint_step` changes the run.
+        """
+        coefs, batches = plan.coefs, batches or {}
+        if rollout is None:
+            if plan.kind == "sft":
+                return self.sft_step(plan.examples or next(self.loader))
+            return self.batch_step(coefs, {"sft": plan.examples} if plan.examples else None)
+        if coefs.keys() <= {"ppo", "sft"}:
+            sft = batches.get("sft", self.loader) if "sft" in coefs else None
+            return self.joint_step(rollout, sft, sft_coef=plan.sft_coef, ppo_coef=plan.ppo_coef, rows=rows)
+        return self.rollout_step(rollout, coefs, batches, rows=rows)
+
+    def sft_step(self, batch: Batch | Iterable[Any]) -> Metrics:
+        """One supervised optimizer step on a batch (or on examples as in `train_data`)."""
+        return self.batch_step({"sft": 1.0}, {"sft": batch})
+
+    def ppo_step(self, rollout: Rollout) -> Metrics:
+        """All PPO epochs over one rollout; see `rollout_step`."""
+        return self.rollout_step(rollout, {"ppo": 1.0})
+
+    def joint_step(
+        self,
+        rollout: Rollout,
+        batches: Iterator[Batch] | None = None,
+        *,
+        sft_coef: float = 0.0,
+        ppo_coef: float = 1.0,
+        rows: Tensor | None = None,
+    ) -> Metrics:
+        """A PPO step whose every update also learns from a supervised batch, where `batches` has one."""
+        sft = {} if batches is None or not sft_coef else {"sft": batches}
+        return self.rollout_step(rollout, {"ppo": ppo_coef} | dict.fromkeys(sft, sft_coef), sft, rows=rows)
+
+    def rollout(self, prompts: Batch | Sequence[Any]) -> Rollout:
+        """Answer the prompts (a batch, texts, or examples as in `train_data`) and score the answers."""
+        if self.reward is None:
+            raise InputError("PPO needs a reward: give HybridTrainer(reward=...) or the config's `reward`")
+        if not self.config.sampling.temperature:
+            raise InputError("a rollout needs sampling.temperature > 0: PPO learns from what was drawn")
+        with self.autocast():
+            return collect(
+                self.policy,
+                self.references,
+                self.reward,
+                self.corpus.encoded(prompts),
+                tokenizer=self.tokenizer,
+                sampling=self.config.sampling,
+                samples_per_prompt=self.config.ppo.samples_per_prompt,
+                generator=self.sampler,
+                allow_gap=self.config.ppo.importance is not None,
+                **self._collect_options(),
+            )
+
+    def step(
+        self,
+        queries: Sequence[Ids],
+        responses: Sequence[Ids],
+        scores: Sequence[float] | Sequence[Tensor] | Tensor,
+        logprobs: Sequence[Tensor | Sequence[float]] | None = None,
+    ) -> Metrics:
+        """Learn from responses that you generated and scored yourself.
+
+        queries, responses: one 1-D id tensor or list of ids each.   scores: a number for each response, or for
+        each a tensor with a score per token.   logprobs: for each response those that its tokens were drawn with,
+        for `ppo.importance`.   Responses to the same query are a group, for `ppo.advantage`.
+        """
+        eos_ids = self.policy.backbone.eos_ids(self.tokenizer)
+        given = from_lists(queries, responses, scores, eos_ids=eos_ids, logprobs=logprobs, device=self.policy.device)
+        with self.autocast():
+            rollout = assemble(
+                self.policy,
+                self.references,
+                *given,
+                temperature=self.config.sampling.temperature,
+                **self._collect_options(),
+            )
+        check_groups(rollout, self.config.ppo)
+        return self.ppo_step(rollout)
+
+    # Looking at the policy
+
+    def generate(self, texts: Sequence[str], sampling: SamplingConfig | None = None) -> list[str]:
+        """One response for each text, which goes through the data's prompt template first."""
+        if isinstance(texts, str) or not isinstance(texts, Iterable):
+            raise InputError(f"generate takes a list of texts, got {texts!r:.60}; [text] is a list of one")
+        sampling = sampling or self.config.sampling
+        examples, size = [self.corpus.prompt(text) for text in texts], self.config.eval.batch_size
+        answers: list[str] = []
+        with self.autocast():
+            for start in range(0, len(examples), size):
+                *_, responses = respond(
+                    self.policy, examples[start : start + size], tokenizer=self.tokenizer,
+                    sampling=sampling, generator=self.speaker,
+                )  # fmt: skip
+                answers += response_texts(self.tokenizer, responses, stop=sampling.stop)
+        return answers
+
+    def evaluate(self) -> Metrics:
+        """The held-out measures of `hybrid.evaluate`, on the same prompts with the same draws every time."""
+        return self.evaluation()[0]
+
+    def evaluation(self) -> tuple[Metrics, list[dict[str, Any]]]:
+        """What `evaluate` measures, and the responses that it measured, a row each."""
+        config, examples = self.config.eval, self.corpus.eval
+        metrics: Metrics = {}
+        rows: list[dict[str, Any]] = []
+        with self.autocast():
+            if examples:
+                metrics = evaluate_sft(self.policy, examples[: config.num_examples], batch_size=config.batch_size)
+            if examples and (self.reward is not None or config.text_metrics):
+                of_responses, rows = evaluate_responses(
+                    self.policy, self.references, self.reward, examples[: config.num_prompts],
+                    tokenizer=self.tokenizer, sampling=config.sampling(self.config.sampling),
+                    text_metrics=config.text_metrics, batch_size=config.batch_size, seed=config.seed,
+                )  # fmt: skip
+                metrics |= of_responses
+        return metrics, rows
+
+    def save(self, folder: str | Path) -> None:
+        """Write policy and tokenizer as a plain transformers folder, the value head beside them."""
+        self.policy.save_pretrained(folder, tokenizer=self.tokenizer)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Computation in `model.precision`; the weights keep their dtype."""
+        return autocast(self.config.model.precision, self.policy.device)
+
+    # What the objectives take from it
+
+    @property
+    def loader(self) -> Loader:
+        """Endless batches of the training examples with a target (without any, of all): for `sft_step`, `rollout`."""
+        return self._loaders.train
+
+    @property
+    def prompts(self) -> Loader:
+        """Endless batches of `ppo.batch_size` examples, whose prompts `train` rolls out."""
+        return self._loaders.prompts
+
+    @property
+    def ptx_loader(self) -> Loader:
+        """Endless batches of the second data set. Raises InputError where there is none."""
+        if self._loaders.ptx is None:
+            raise InputError("there is no second data set: give HybridTrainer(ptx_data=...) or the config's ptx_data")
+        return self._loaders.ptx
+
+    def batch(self, rows: Batch | Iterable[Any]) -> Batch:
+        """A batch on the policy's device: as it is, or made of examples as in `train_data`."""
+        return self.corpus.batch(rows).to(self.policy.device)
+
+    def batches_of(self, examples: Sequence[Encoded]) -> list[Batch]:
+        """The examples in batches of `sft.batch_size`."""
+        size = self.config.sft.batch_size
+        return [self.corpus.batch(examples[i : i + size]) for i in range(0, len(examples), size)]
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The one optimizer of all objectives."""
+        return self.updater.optimizer
+
+    def num_updates(self, strategy: Strategy) -> int | None:
+        """Optimizer steps of a strategy's run; None where not known."""
+        rollout = self.config.ppo.num_updates
+        return strategy.num_updates({"sft": 1, "ppo": rollout, "joint": rollout})
+
+    @cached_property
+    def _loaders(self) -> Loaders:
+        return build_loaders(self.config, self.corpus)
+
+    def _terms(self, rows: Mapping[str, Any], coefs: Mapping[str, float]) -> list[Term[Any]]:
+        terms: dict[str, Term[Any]] = {}
+        for name, given in rows.items():
+            placed = given.to(self.policy.device) if hasattr(given, "to") else self.batch(given)
+            term = self.objectives[name].term(placed, coefs[name])
+            # Two that call themselves the same in logs are told apart by their names.
+            term = replace(term, name=name) if term.name in terms else term
+            terms[term.name] = term
+        return list(terms.values())
+
+    def _beside(self, name: str, batches: Mapping[str, Iterator[Batch]]) -> Batch | None:
+        return next(batches[name], None) if name in batches else self.objectives.own_rows(name)
+
+    def _collect_options(self) -> CollectOptions:
+        """What `collect` and `assemble` take from the config alike."""
+        config = self.config
+        size = config.ppo.microbatch_size or config.ppo.minibatch_size
+        return {
+            "score": config.score,
+            "kl_coef": 0.0 if config.kl.in_loss else self.kl.coef,
+            "kl_kind": config.kl.kind,
+            "microbatch_size": min(size, self.updater.row_limits.get("ppo", size)),  # as PPO's: first ratios are 1
+        }

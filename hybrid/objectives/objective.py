@@ -1,0 +1,160 @@
+"""What an objective is: it says where its rows come from, and what their loss is."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, ClassVar, Generic, Protocol
+
+from hybrid.core import Batch, Encoded, InputError, Registry, build, parameters_of, unknown_name
+from hybrid.data import Loader
+from hybrid.functional import AdaptiveKL, FixedKL
+from hybrid.models import Policy, Reference
+from hybrid.objectives.accumulate import Loss, Rows, Term
+
+__all__ = [
+    "Objective",
+    "Objectives",
+    "Parts",
+    "check_objectives",
+    "make_objective",
+    "objective_class",
+    "objective_names",
+    "register_objective",
+]
+
+
+class Parts(Protocol):
+    """What an objective may use of the Learner that owns it."""
+
+    policy: Policy
+    references: list[Reference]
+    kl: FixedKL | AdaptiveKL
+    tokenizer: Any
+
+    @property
+    def loader(self) -> Loader:
+        """Endless batches of the training data."""
+
+    @property
+    def ptx_loader(self) -> Loader:
+        """Endless batches of the second data set."""
+
+    def batch(self, rows: Batch | Iterable[Any]) -> Batch:
+        """A batch, on the policy's device, of whatever the user calls rows."""
+
+    def batches_of(self, examples: Sequence[Encoded]) -> list[Batch]:
+        """These examples in batches of a supervised step's size."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Computation in `model.precision`."""
+
+
+class Objective(ABC, Generic[Rows]):
+    """One summand of a step's loss.
+
+        @register_objective("calm")
+        class Calm(Objective[Batch]):
+            def rows(self): return self.parts.loader
+            def loss_of(self, whole): return lambda part: (..., {})
+
+    and `Plan(cycle, {"ppo": 1.0, "calm": 0.1})` adds it to PPO's. The Learner makes it at its first use; parameters of
+    its constructor after `parts` that are called like a section of the config (`sft`, `ppo`, `kl`) are given that
+    section, the others are its own, from the config's `objectives.NAME`.
+    """
+
+    label: ClassVar[str] = ""  # the name in logs; "": the one it is registered by
+    rolls_out: ClassVar[bool] = False  # whether its rows are minibatches of the step's rollout
+    dropout: ClassVar[bool] = True  # whether the policy is in training mode
+    lr_factor: float = 1.0  # on the optimizer's learning rate
+    microbatch_size: int | None = None  # rows of one forward and backward; None: all
+
+    def __init__(self, parts: Parts):
+        self.parts = parts
+        self.name = ""  # the one it is registered by, which `make_objective` knows
+
+    def rows(self) -> Iterator[Rows]:
+        """Its own rows, an update's worth each, without end."""
+        raise InputError(f"objective {self.name!r} has no rows of its own: it needs a rollout")
+
+    def check(self) -> None:
+        """Refuse (InputError), before a run's first step, what it could not learn from."""
+
+    @abstractmethod
+    def loss_of(self, whole: Rows) -> Callable[[Rows], Loss]:
+        """The loss of an update's rows, as a function of any part of them: part -> (loss, metrics).
+
+        The loss is a sum over the part, divided by the count of the WHOLE: the losses of the parts add up. So do
+        metrics whose name ends in `loss`; of `_max` the maximum is taken, of the others a mean weighted by tokens.
+        """
+
+    def term(self, rows: Rows, coef: float = 1.0) -> Term[Rows]:
+        """coef * the loss of these rows, as a summand of an update."""
+        loss_of = self.loss_of(rows)
+
+        def loss(part: Rows) -> Loss:
+            self.parts.policy.train(self.dropout)
+            with self.parts.autocast():
+                return loss_of(part)
+
+        return Term(self.label or self.name, rows, loss, coef, self.microbatch_size, self.lr_factor)
+
+
+_objectives: Registry[type[Objective[Any]]] = Registry("objective")
+register_objective = _objectives.register
+
+
+def objective_names() -> list[str]:
+    """The names that a Plan may hold."""
+    return list(_objectives)
+
+
+def objective_class(name: str) -> type[Objective[Any]]:
+    """The class that a name is registered for. Raises InputError with the nearest name."""
+    return _objectives[name]
+
+
+def make_objective(
+    name: str, parts: Parts, sections: Mapping[str, Any], settings: Mapping[str, Any] | None = None
+) -> Objective[Any]:
+    """The objective of that name. sections: of the config, by name.   settings: its own, from `objectives.NAME`."""
+    factory = _objectives[name]
+    taken = list(parameters_of(factory))[1:]
+    given = {key: sections[key] for key in taken if key in sections} | dict(settings or {})
+    made: Objective[Any] = build(partial(factory, parts), given, what=f"objective {name!r}", path=f"objectives.{name}")
+    made.name = name
+    return made
+
+
+class Objectives(dict[str, Objective[Any]]):
+    """A learner's objectives by name, each made when it is first asked for.
+
+    sections: gives the sections of the config by name.
+    """
+
+    def __init__(self, parts: Parts, sections: Callable[[], Mapping[str, Any]]):
+        super().__init__()
+        self._parts, self._sections = parts, sections
+        self._rows: dict[str, Iterator[Any]] = {}
+
+    def __missing__(self, name: str) -> Objective[Any]:
+        sections = self._sections()
+        self[name] = made = make_objective(name, self._parts, sections, sections["objectives"].get(name))
+        return made
+
+    def own_rows(self, name: str) -> Any:
+        """The next of an objective's own rows."""
+        if name not in self._rows:
+            self._rows[name] = iter(self[name].rows())
+        return next(self._rows[name])
+
+
+def check_objectives(settings: Mapping[str, Any], sections: Iterable[str]) -> None:
+    """Refuse the config's `objectives` where a name or a key in it is none. sections: names of the config's others."""
+    for name, own in settings.items():
+        if not isinstance(own, Mapping):
+            raise InputError(f"config: objectives.{name} must be a mapping of its settings, got {own!r:.60}")
+        known = [key for key in list(parameters_of(_objectives[name]))[1:] if key not in set(sections)]
+        for key in own:
+            if key not in known:
+                raise unknown_name(f"setting of objective {name!r}: objectives.{name}.", str(key), known)

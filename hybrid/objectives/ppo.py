@@ -1,0 +1,164 @@
+"""PPO: the loss of a rollout's rows. No optimizer in here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from hybrid.core import InputError, Rollout
+from hybrid.functional import aggregate, importance_weight, kl_estimate, loss_divisor, policy_loss, value_loss
+from hybrid.models import Policy, before_response, response_stats
+from hybrid.objectives.accumulate import Loss
+from hybrid.objectives.objective import Objective, Parts, register_objective
+from hybrid.objectives.ppo_config import PPOConfig
+from hybrid.rollout import KLConfig
+
+__all__ = ["PPO", "Divisors", "ppo_batch_loss"]
+
+
+@register_objective("ppo")
+class PPO(Objective[Rollout]):
+    """The clipped surrogate on a minibatch of the step's rollout, without dropout: the ratios compare log-probs."""
+
+    rolls_out = True
+    dropout = False
+
+    def __init__(self, parts: Parts, ppo: PPOConfig, kl: KLConfig):
+        super().__init__(parts)
+        self.config, self.kl = ppo, kl
+        self.lr_factor, self.microbatch_size = ppo.lr_factor, ppo.microbatch_size
+
+    def loss_of(self, whole: Rollout) -> Callable[[Rollout], Loss]:
+        return partial(
+            ppo_batch_loss,
+            self.parts.policy,
+            config=self.config,
+            kl_loss_coef=self.parts.kl.coef if self.kl.in_loss else 0.0,
+            kl_kind=self.kl.kind,
+            divisors=Divisors.of(whole, self.config),
+        )
+
+
+@dataclass(frozen=True)
+class Divisors:
+    """What the summed losses of one optimizer step are divided by.
+
+    tokens: its valid tokens.   policy: the same, or what the policy loss's aggregation counts instead.
+    """
+
+    tokens: int
+    policy: int
+
+    @classmethod
+    def of(cls, rollout: Rollout, config: PPOConfig) -> "Divisors":
+        """Those of a step over all these rows."""
+        return cls(rollout.num_tokens, loss_divisor(rollout.mask, config.aggregation, config.fixed_length))
+
+
+def ppo_batch_loss(
+    policy: Policy,
+    rollout: Rollout,
+    config: PPOConfig,
+    *,
+    kl_loss_coef: float = 0.0,
+    kl_kind: str = "k3",
+    divisors: Divisors | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of these rows of a rollout that has advantages.
+
+        loss = policy_loss + value_coef * value_loss - entropy_coef * entropy + kl_loss_coef * kl
+
+    Entropy and KL are averaged as the policy's token losses are (`aggregation`), values over tokens.
+
+    The value loss is there where the advantage has a critic; without, the value head gets no gradient.
+    kl_loss_coef: the weight of the KL to the references as a loss, of kind k2 or k3; 0 where it is in the
+        reward.
+    divisors: those of the whole optimizer step, where these rows are a part of it.
+    Returns `(loss, metrics)`. Metrics ending in `loss` add up over the parts; the others are token means
+    (ratio_max a maximum).
+    """
+    if rollout.advantage is None or (config.has_critic and rollout.return_ is None):
+        raise ValueError("ppo_batch_loss: the rollout has no advantages; call with_advantages(rollout, config) first")
+    mask = rollout.mask
+    divisors = divisors or Divisors.of(rollout, config)
+    out = policy(rollout.input_ids, rollout.attention_mask)
+    # The entropy's gradient costs a pass over the vocabulary: asked for only where it enters the loss.
+    want = ("logprob", "entropy") if config.entropy_coef else ("logprob",)
+    stats = response_stats(
+        policy.backbone, out.hidden, rollout.input_ids, mask, temperature=rollout.temperature, want=want
+    )
+    assert stats.logprob is not None
+    loss, metrics = _policy_term(stats.logprob, rollout, config, divisors)
+    if config.has_critic:
+        value_term, metrics["value_clip_fraction"] = _value_term(out.value, rollout, config, divisors)
+        loss = loss + config.value_coef * value_term
+        metrics["value_loss"] = value_term.detach()
+    if stats.entropy is not None:
+        entropy = aggregate(stats.entropy, mask, config.aggregation, num_tokens=divisors.policy)
+        loss = loss - config.entropy_coef * entropy
+    if kl_loss_coef:
+        kl = _kl_to_references(stats.logprob, rollout, kl_kind)
+        kl_term = aggregate(kl, mask, config.aggregation, num_tokens=divisors.policy)
+        loss = loss + kl_loss_coef * kl_term
+        metrics["kl_loss"] = kl_term.detach()
+    return loss, metrics
+
+
+def _policy_term(
+    logprob: Tensor, rollout: Rollout, config: PPOConfig, divisors: Divisors
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(the clipped surrogate, what there is to log of it); logprob: (B, T)."""
+    assert rollout.advantage is not None
+    weight, weight_metrics = _importance_weight(rollout, config)
+    term, metrics = policy_loss(
+        logprob,
+        rollout.old_logprob,
+        rollout.advantage,
+        rollout.mask,
+        clip=config.clip,
+        clip_high=config.clip_high,
+        dual_clip=config.dual_clip,
+        surrogate=config.surrogate,
+        weight=weight,
+        aggregation=config.aggregation,
+        fixed_length=config.fixed_length,
+        num_tokens=divisors.policy,
+    )
+    clip_fraction = metrics.pop("clip_fraction")
+    return term, {"policy_loss": term.detach(), "policy_clip_fraction": clip_fraction, **metrics, **weight_metrics}
+
+
+def _value_term(value: Tensor, rollout: Rollout, config: PPOConfig, divisors: Divisors) -> tuple[Tensor, Tensor]:
+    """(the value loss, the share of clipped values); value: (B, P+T)."""
+    assert rollout.return_ is not None
+    mask = rollout.mask
+    term, metrics = value_loss(
+        before_response(value, mask.shape[1]), rollout.old_value, rollout.return_, mask,
+        clip=config.value_clip, num_tokens=divisors.tokens,
+    )  # fmt: skip
+    return term, metrics["clip_fraction"]
+
+
+def _importance_weight(rollout: Rollout, config: PPOConfig) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """(the tokens' weights, or None; what there is to log of them)."""
+    if config.importance is None:
+        return None, {}
+    if rollout.sampling_logprob is None:
+        raise InputError(
+            f"ppo.importance {config.importance!r} needs the log-probs that the responses were drawn with, and this "
+            f"rollout has no sampling_logprob; give step(logprobs=...), or set ppo.importance=null"
+        )
+    return importance_weight(
+        rollout.old_logprob, rollout.sampling_logprob, rollout.mask,
+        level=config.importance, mode=config.importance_mode, cap=config.importance_cap,
+    )  # fmt: skip
+
+
+def _kl_to_references(logprob: Tensor, rollout: Rollout, kind: str) -> Tensor:
+    """The KL to the references, weighted and summed, (B, T)."""
+    total = torch.zeros_like(logprob)
+    for weight, ref_logprob in zip(rollout.ref_weight, rollout.ref_logprob, strict=True):
+        total = total + weight * kl_estimate(logprob, ref_logprob, kind)
+    return total
