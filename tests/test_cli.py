@@ -147,7 +147,7 @@ def test_a_folder_that_holds_a_run_is_refused(config, tmp_path, capsys):
 
 def test_the_data_is_looked_at_before_the_model_is_looked_for(config, capsys, monkeypatch):
     monkeypatch.setattr("hybrid.setup.model_context", lambda _: pytest.fail("the model was looked for"))
-    monkeypatch.setattr("hybrid.trainer.model_context", lambda _: pytest.fail("the model was looked for"))
+    monkeypatch.setattr("hybrid.learner.model_context", lambda _: pytest.fail("the model was looked for"))
     assert main(["train", str(config), "model.name=no-such-model", "data.train=missing.jsonl"]) == 2
     assert "missing.jsonl" in capsys.readouterr().err
 
