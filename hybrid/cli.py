@@ -160,8 +160,8 @@ def _resume(folder: Path, overrides: Sequence[str]) -> int:
     if (step := finished_step(folder)) is not None:
         if overrides:
             raise InputError(
-                f"{folder} is finished after step {step}: nothing is left that {' '.join(overrides)} could change; start "
-                f"a new run, with model.name={folder / EXPORT} to go on from its weights"
+                f"{folder} is finished after step {step}: nothing is left that {' '.join(overrides)} could change; "
+                f"start a new run, with model.name={folder / EXPORT} to go on from its weights"
             )
         print(f"{folder} is finished after step {step}: nothing is left of it")
         _show(folder)
