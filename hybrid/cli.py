@@ -17,7 +17,16 @@ from hybrid.mixing import make_strategy
 from hybrid.optim import listing, listing_markdown
 from hybrid.resume import trained_config
 from hybrid.rewards import RewardError, json_spec, make_reward, reward_listing, reward_markdown, reward_schema
-from hybrid.run import CONFIG, comparison_table, finished_step, summary, summary_table, write_comparison, write_report
+from hybrid.run import (
+    CONFIG,
+    EXPORT,
+    comparison_table,
+    finished_step,
+    summary,
+    summary_table,
+    write_comparison,
+    write_report,
+)
 from hybrid.scoring import (
     COLUMNS,
     check_columns,
@@ -149,6 +158,11 @@ def _resume(folder: Path, overrides: Sequence[str]) -> int:
     if any("=" not in override for override in overrides):
         raise InputError("train takes a CONFIG or --resume RUN, whose config is in its folder")
     if (step := finished_step(folder)) is not None:
+        if overrides:
+            raise InputError(
+                f"{folder} is finished after step {step}: nothing is left that {' '.join(overrides)} could change; "
+                f"start a new run, with model.name={folder / EXPORT} to go on from its weights"
+            )
         print(f"{folder} is finished after step {step}: nothing is left of it")
         _show(folder)
         return 0

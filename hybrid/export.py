@@ -38,6 +38,8 @@ def export(run: str | Path, folder: str | Path, *, checkpoint: str | None = None
     if checkpoint is None:
         if not (run / EXPORT).is_dir():
             raise InputError(f"{str(run)!r} has exported nothing yet; export a checkpoint with --checkpoint newest")
+        if not any((run / EXPORT).glob("model*.safetensors")):
+            raise InputError(f"{str(run / EXPORT)!r} has no weights; export a checkpoint with --checkpoint newest")
         with filled_folder(folder, stale="model*.safetensors*") as temporary:
             shutil.copytree(run / EXPORT, temporary, dirs_exist_ok=True)
         return folder

@@ -127,12 +127,22 @@ def write_rows(file: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     saving = disk_errors(f"write {str(file)!r}")
     with saving, filled_folder(file.parent) as folder, (folder / file.name).open("w", **options) as stream:
         if file.suffix == ".jsonl":
-            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            stream.writelines(json.dumps(_json(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
         else:
             columns = list(dict.fromkeys(name for row in rows for name in row))
             writer = csv.writer(stream)
             writer.writerow(map(_inert, columns))
             writer.writerows([_inert(row.get(name)) for name in columns] for row in rows)
+
+
+def _json(value: Any) -> Any:
+    """The value as JSON has it; what JSON has not (a date, bytes, nan, inf) is its text."""
+    if isinstance(value, Mapping):
+        return {str(key): _json(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json(inner) for inner in value]
+    is_plain = value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
+    return value if is_plain else str(value)
 
 
 def _inert(cell: Any) -> Any:

@@ -162,3 +162,9 @@ def test_python_m_hybrid_is_the_same_command():
     done = subprocess.run([sys.executable, "-m", "hybrid", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
     assert "demo" in done.stdout
+
+
+def test_an_edit_of_a_finished_run_is_refused(tmp_path, capsys):
+    (tmp_path / "finished.json").write_text('{"step": 3}')
+    assert main(["train", "--resume", str(tmp_path), "optimizer.lr=1"]) == 2
+    assert "is finished after step 3: nothing is left that optimizer.lr=1 could change" in capsys.readouterr().err

@@ -166,3 +166,10 @@ def test_a_run_that_exported_nothing_is_refused(tmp_path):
     (tmp_path / "run" / "config.yaml").write_text("{}")
     with pytest.raises(InputError, match="exported nothing yet; export a checkpoint with --checkpoint newest"):
         export(tmp_path / "run", tmp_path / "out")
+
+
+def test_an_export_without_weights_is_refused(tmp_path):
+    (tmp_path / "run" / EXPORT).mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("{}")
+    with pytest.raises(InputError, match="has no weights"):
+        export(tmp_path / "run", tmp_path / "out")

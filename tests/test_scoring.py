@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+from datetime import datetime
 
 import pytest
 
@@ -196,3 +198,10 @@ def test_jsonl_keeps_every_text_as_it_is(tmp_path):
     write_rows(tmp_path / "scored.jsonl", [{"response": text} for text in FORMULAS])
     lines = (tmp_path / "scored.jsonl").read_text().splitlines()
     assert [json.loads(line)["response"] for line in lines] == FORMULAS
+
+
+def test_what_json_has_not_is_written_as_text(tmp_path):
+    row = {"when": datetime(2020, 1, 2), "raw": b"x", "far": [math.inf], "n": 1.5, "none": None}
+    write_rows(tmp_path / "scored.jsonl", [row])
+    wanted = {"when": "2020-01-02 00:00:00", "raw": "b'x'", "far": ["inf"], "n": 1.5, "none": None}
+    assert json.loads((tmp_path / "scored.jsonl").read_text()) == wanted

@@ -112,7 +112,7 @@ class Composite(Reward):
 
 @register_reward("weighted_sum")
 class WeightedSum(Composite):
-    """The weighted mean of the components, Σ w r / |Σ w|; Σ w r where Σ w = 0. A weight may be negative."""
+    """The weighted mean of the components, Σ w r / Σ w; Σ w r where Σ w = 0. A weight may be negative."""
 
     takes_weights = True
 
@@ -188,9 +188,8 @@ class Gated(WeightedSum):
 
 def _divisor(weights: Sequence[float]) -> float:
     total = math.fsum(weights)
-    # 0.1 + 0.2 - 0.3 is not quite 0 in floating point, and must not multiply the reward by 1e16. Of a negative sum, as
-    # where what weighs against a penalty is skipped, the size alone counts: a penalty stays one.
-    return 1.0 if abs(total) <= 1e-12 * math.fsum(map(abs, weights)) else abs(total)
+    # 0.1 + 0.2 - 0.3 is not quite 0 in floating point, and must not multiply the reward by 1e16.
+    return 1.0 if abs(total) <= 1e-12 * math.fsum(map(abs, weights)) else total
 
 
 def _distinct(names: list[str]) -> list[str]:

@@ -11,8 +11,18 @@ from typing import TYPE_CHECKING, Any
 from hybrid.core import InputError
 from hybrid.run.checkpoint import disk_errors, write_file
 from hybrid.run.curves import PANELS, TRAINING, Curve, Points, Rows, dress, finite, inlined, points_of
-from hybrid.run.report import BETTER, MEASURES, NUM_SAMPLES, facts_of, rows_of, shown, typeset
-from hybrid.run.track import CONFIG, SAMPLES, read_jsonl
+from hybrid.run.report import (
+    BETTER,
+    MEASURES,
+    NUM_SAMPLES,
+    config_text,
+    facts_of,
+    rows_of,
+    shown,
+    typeset,
+    whole_rows,
+)
+from hybrid.run.track import SAMPLES, read_jsonl
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,6 +39,8 @@ _ASIDE = {"step", "cycle", "num_prompts", "num_targets", "seconds", "elapsed", "
 
 # The samples of one evaluation by prompt, and by how often that prompt has come before.
 Answers = dict[tuple[str, int], dict[str, Any]]
+# In the title of every page of ours.
+PAGE_MARK = " · HybridTrainer</title>".encode()
 
 
 @dataclass(frozen=True)
@@ -78,13 +90,15 @@ def comparison_table(folders: Sequence[str | Path]) -> "Table":
 def write_comparison(folders: Sequence[str | Path], output: str | Path) -> Path:
     """Write the runs' comparison: one file of HTML that needs no other; same runs, same bytes.
 
-    Refuses (InputError) fewer than two runs, more than eight, one given twice, what is no run folder, and an
-    output that cannot be written.
+    Refuses (InputError) fewer than two runs, more than eight, one given twice, what is no run folder, and an output
+    that cannot be written, or is there and no page of ours.
     """
     from jinja2 import DictLoader, Environment, StrictUndefined
     from markupsafe import Markup
 
     runs, output = _read(folders), Path(os.path.expanduser(output))
+    if output.is_file() and output.stat().st_size and PAGE_MARK not in output.read_bytes():
+        raise InputError(f"the output {str(output)!r} is there already, and no comparison of ours: give another name")
     # The report's own looks: the macros before its first tag, and its style.
     macros, _, report = _source("report.html.jinja").partition("<!doctype html>")
     style = report.partition("<style>")[2].partition("</style>")[0]
@@ -96,16 +110,17 @@ def write_comparison(folders: Sequence[str | Path], output: str | Path) -> Path:
         loader=DictLoader({"macros": macros, "page": _source("compare.html.jinja")}),
     )
     page.filters |= {"typeset": typeset, "finite": finite}
-    html = page.get_template("page").render(
-        style=Markup(style),
-        runs=runs,
-        facts=list(dict.fromkeys(fact for run in runs for fact in run.facts)),
-        when=[_when(run) for run in runs],
-        measures=_measures(runs),
-        curves=_curves(runs),
-        settings=_differences(runs),
-        samples=_side_by_side(runs),
-    )
+    with whole_rows(", ".join(run.name for run in runs)):
+        html = page.get_template("page").render(
+            style=Markup(style),
+            runs=runs,
+            facts=list(dict.fromkeys(fact for run in runs for fact in run.facts)),
+            when=[_when(run) for run in runs],
+            measures=_measures(runs),
+            curves=_curves(runs),
+            settings=_differences(runs),
+            samples=_side_by_side(runs),
+        )
     with disk_errors(f"write the comparison to {str(output)!r}"):
         output.parent.mkdir(parents=True, exist_ok=True)
         # A lone surrogate in a response is no UTF-8; as a character reference it shows as U+FFFD.
@@ -127,7 +142,7 @@ def _read(folders: Sequence[str | Path]) -> list[_Run]:
     runs = []
     for path in paths:
         rows = rows_of(path)
-        config = (path / CONFIG).read_text("utf-8") if (path / CONFIG).exists() else ""
+        config = config_text(path)
         samples = read_jsonl(path / SAMPLES) if (path / SAMPLES).exists() else []
         facts = facts_of(path, rows, config)
         runs.append(_Run(_name(path, paths), facts, rows, _settings(config), _answers(samples)))

@@ -1,13 +1,14 @@
 """A run's folder as one page to read: before and after, curves, samples, configuration."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hybrid.core import InputError
+from hybrid.core import InputError, first_line
 from hybrid.run.checkpoint import disk_errors, write_file
 from hybrid.run.curves import TRAINING, Rows, curves, finite
 from hybrid.run.track import CONFIG, METRICS, REPORT, SAMPLES, read_jsonl
@@ -21,12 +22,14 @@ __all__ = [
     "NUM_SAMPLES",
     "Summary",
     "SummaryRow",
+    "config_text",
     "facts_of",
     "rows_of",
     "shown",
     "summary",
     "summary_table",
     "typeset",
+    "whole_rows",
     "write_report",
 ]
 
@@ -90,20 +93,21 @@ def write_report(folder: str | Path) -> Path:
     folder = Path(folder)
     rows = rows_of(folder)
     samples = read_jsonl(folder / SAMPLES) if (folder / SAMPLES).exists() else []
-    config = (folder / CONFIG).read_text("utf-8") if (folder / CONFIG).exists() else ""
+    config = config_text(folder)
 
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page.filters |= {"typeset": typeset, "finite": finite}
     source = resources.files("hybrid.run").joinpath("report.html.jinja").read_text("utf-8")
-    html = page.from_string(source).render(
-        name=folder.resolve().name,
-        facts=facts_of(folder, rows, config),
-        summary=_summary(rows),
-        phases=[phase for phase in rows if rows[phase]],
-        curves=curves(rows),
-        samples=_before_and_after(samples),
-        config=config,
-    )
+    with whole_rows(folder):
+        html = page.from_string(source).render(
+            name=folder.resolve().name,
+            facts=facts_of(folder, rows, config),
+            summary=_summary(rows),
+            phases=[phase for phase in rows if rows[phase]],
+            curves=curves(rows),
+            samples=_before_and_after(samples),
+            config=config,
+        )
     with disk_errors(f"write the report to {str(folder)!r}"):
         # A lone surrogate in a response is no UTF-8; as a character reference it shows as U+FFFD.
         return write_file(folder / REPORT, html.encode("utf-8", errors="xmlcharrefreplace"))
@@ -226,6 +230,29 @@ def _before_and_after(samples: Rows) -> list[list[dict[str, Any]]]:
     ends = [evals[step] for step in sorted({min(evals), max(evals)})]
     shared = sorted(set(ends[0]).intersection(*ends))[:NUM_SAMPLES]
     return [[end[index] for end in ends] for index in shared]
+
+
+def config_text(folder: Path) -> str:
+    """The run's config.yaml, "" where there is none."""
+    try:
+        return (folder / CONFIG).read_text("utf-8")
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{str(folder / CONFIG)!r} cannot be read: {first_line(error)}") from error
+
+
+@contextmanager
+def whole_rows(what: str | Path) -> Iterator[None]:
+    """While a page is made: rows that lack something, or hold what no run writes, are told."""
+    from jinja2 import UndefinedError
+
+    try:
+        yield
+    except (UndefinedError, TypeError) as error:
+        raise InputError(
+            f"{str(what)!r}: its {METRICS} or {SAMPLES} holds what no run has written: {first_line(error)}"
+        ) from error
 
 
 def typeset(text: str) -> str:

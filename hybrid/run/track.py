@@ -89,7 +89,7 @@ def finished_step(folder: Path) -> int | None:
     """The last step of the run in `folder`, where it has taken all of them; None while some are left."""
     try:
         return int(json.loads((folder / FINISHED).read_bytes())["step"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise InputError(

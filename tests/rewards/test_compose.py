@@ -247,9 +247,3 @@ def test_setup_reaches_every_component():
     leaf = Device()
     composite("min", composite("product", leaf)).setup("cpu")
     assert leaf.device == "cpu"
-
-
-def test_a_negative_sum_of_weights_turns_no_penalty_into_a_reward():
-    assert make_reward(weighted_sum(constant(0.5, weight=1), constant(1.0, weight=-3)))("a") == (0.5 - 3.0) / 2
-    skipped = {"type": "python", "function": lambda completions, **columns: [None] * len(completions), "weight": 2}
-    assert make_reward(weighted_sum(skipped, constant(1.0, weight=-1)))("a") == -1.0

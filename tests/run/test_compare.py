@@ -255,3 +255,12 @@ def test_output_that_cannot_be_written_is_refused(tmp_path):
         write_comparison(folders, tmp_path / "a" / "metrics.jsonl" / "page.html")
     with pytest.raises(InputError, match="cannot write the comparison to"):
         write_comparison(folders, tmp_path / "a")
+
+
+def test_a_file_that_is_no_comparison_is_not_overwritten(tmp_path):
+    folders = run(tmp_path / "a"), run(tmp_path / "b")
+    (tmp_path / "data.jsonl").write_text('{"prompt": "mine"}\n')
+    with pytest.raises(InputError, match="is there already, and no comparison of ours"):
+        write_comparison(folders, tmp_path / "data.jsonl")
+    page = write_comparison(folders, tmp_path / "page.html").read_bytes()
+    assert write_comparison(folders, tmp_path / "page.html").read_bytes() == page

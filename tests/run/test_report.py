@@ -251,3 +251,17 @@ def test_row_without_a_step_is_refused_by_line(tmp_path):
 def test_unknown_phases_and_numbers_are_left_alone(tmp_path):
     rows = {"step": 1, "phase": "dpo", "margin": 2}, {"step": 2, "phase": "ppo", "novelty": "high"}
     assert "</html>" in write_report(write_rows(tmp_path / "run", *rows)).read_text("utf-8")
+
+
+def test_a_config_that_is_no_text_is_refused(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "config.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match=r"config\.yaml' cannot be read"):
+        write_report(folder)
+
+
+def test_samples_that_no_run_has_written_are_refused(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "samples.jsonl").write_text('{"step": 1, "phase": "eval", "index": 0, "prompt": "a"}\n')
+    with pytest.raises(InputError, match=r"samples\.jsonl holds what no run has written"):
+        write_report(folder)
