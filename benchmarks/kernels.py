@@ -8,10 +8,7 @@ Prints one table of ratios, writes benchmarks/results/kernels-<device>.json and 
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 SEED = 0
-PACKAGES = ("torch", "triton", "numpy", "liger-kernel", "cut-cross-entropy", "trl", "transformers")
+PACKAGES = ("triton", "numpy", "liger-kernel", "cut-cross-entropy", "trl")
 
 
 def main() -> None:
@@ -33,34 +30,19 @@ def main() -> None:
         import kernels_cpu as mode
     else:
         import kernels_cuda as mode  # type: ignore[no-redef]
+    from stamp import stamp
+
     # transformers does `import kernels` and means another package: peers must not find this file.
     sys.path = [path for path in sys.path if Path(path or ".").resolve() != HERE]
     result = mode.measure(rounds=arguments.rounds, quick=arguments.quick)
     print(table(result["rows"], mode.COLUMNS))
     if not arguments.quick:
-        name = f"kernels-{mode.device_name()}"
+        about = {"benchmark": "kernels", **stamp(*PACKAGES, device=arguments.device), "seed": SEED}
+        name = f"kernels-{about['device']}"
         file = HERE / "results" / f"{name}.json"
-        file.write_text(json.dumps(about() | {"device": mode.device_name()} | result, indent=1) + "\n")
+        file.write_text(json.dumps(about | result, indent=1) + "\n")
         mode.draw(result, file.with_suffix(".png"))
         print(f"wrote {file.relative_to(HERE.parent)} and {name}.png")
-
-
-def about() -> dict[str, Any]:
-    """What a figure depends on, besides the device."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return {
-        "benchmark": "kernels",
-        "commit": commit.stdout.strip() or "unknown",
-        "python": platform.python_version(),
-        "versions": versions,
-        "seed": SEED,
-    }
 
 
 def table(rows: list[dict[str, Any]], columns: list[str]) -> str:

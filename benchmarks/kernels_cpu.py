@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from stamp import device_name
 from torch import Tensor
 
 from hybrid.functional import linear_logprob
@@ -57,10 +58,6 @@ def measure(*, rounds: int, quick: bool) -> dict[str, Any]:
     # Fewer rounds for the picture: it shows orders of magnitude.
     rows += [_row({**size, "pass": name}, min(rounds, 3)) for size in BY_N + BY_V for name in PASSES]
     return {"rounds": rounds, "threads": torch.get_num_threads(), "dtype": "float32", "rows": rows}
-
-
-def device_name() -> str:
-    return f"cpu-{torch.get_num_threads()}-threads"
 
 
 def _row(case: dict[str, Any], rounds: int) -> dict[str, Any]:
@@ -138,7 +135,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
             line.minorticks_off()
             line.set_xticks([row[axis] for row in chosen], [str(row[axis]) for row in chosen], rotation=30)
             line.legend()
-    figure.suptitle(f"Forward + backward of the head in float32, {device_name()}")
+    figure.suptitle(f"Forward + backward of the head in float32, {device_name('cpu')}")
     figure.savefig(file, dpi=110)
 
 

@@ -66,10 +66,6 @@ def measure(*, rounds: int, quick: bool) -> dict[str, Any]:
     return {"rounds": rounds, "dtype": "bfloat16", "ceilings": ceilings, "rows": rows}
 
 
-def device_name() -> str:
-    return torch.cuda.get_device_name().replace(" ", "-").lower()
-
-
 def copy_bandwidth(quick: bool) -> float:
     source = torch.empty((64 if quick else 4096) * 2**20, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
