@@ -16,7 +16,7 @@ from hybrid.config import HybridConfig
 from hybrid.core import Batch, Encoded, InputError, Rollout
 from hybrid.corpus import encoded_corpus
 from hybrid.data import Loader
-from hybrid.evaluate import evaluate_responses, evaluate_sft
+from hybrid.evaluate import evaluate
 from hybrid.mixing import Plan, Strategy, make_strategy
 from hybrid.models import Policy
 from hybrid.objectives import (
@@ -307,20 +307,11 @@ class Learner:
 
     def evaluation(self) -> tuple[Metrics, list[dict[str, Any]]]:
         """What `evaluate` measures, and the responses that it measured, a row each."""
-        config, examples = self.config.eval, self.corpus.eval
-        metrics: Metrics = {}
-        rows: list[dict[str, Any]] = []
         with self.autocast():
-            if examples:
-                metrics = evaluate_sft(self.policy, examples[: config.num_examples], batch_size=config.batch_size)
-            if examples and (self.reward is not None or config.text_metrics):
-                of_responses, rows = evaluate_responses(
-                    self.policy, self.references, self.reward, examples[: config.num_prompts],
-                    tokenizer=self.tokenizer, sampling=config.sampling(self.config.sampling),
-                    text_metrics=config.text_metrics, batch_size=config.batch_size, seed=config.seed,
-                )  # fmt: skip
-                metrics |= of_responses
-        return metrics, rows
+            return evaluate(
+                self.policy, self.references, self.reward, self.corpus.eval, self.config.eval,
+                tokenizer=self.tokenizer, sampling=self.config.sampling,
+            )  # fmt: skip
 
     def save(self, folder: str | Path) -> None:
         """Write policy and tokenizer as a plain transformers folder, the value head beside them."""

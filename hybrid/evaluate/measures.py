@@ -9,13 +9,43 @@ import torch
 
 from hybrid.core import Encoded, Rollout
 from hybrid.data import collate
+from hybrid.evaluate.config import EvalConfig
 from hybrid.evaluate.text import evaluate_texts
 from hybrid.models import Policy, Reference
 from hybrid.objectives import SFTConfig, sft_batch_loss
 from hybrid.rewards import AllSkipped, Reward
 from hybrid.rollout import SamplingConfig, collect
 
-__all__ = ["distinct_n", "evaluate_responses", "evaluate_sft", "sample_rows"]
+__all__ = ["distinct_n", "evaluate", "evaluate_responses", "evaluate_sft", "sample_rows"]
+
+
+def evaluate(
+    policy: Policy,
+    references: Sequence[Reference],
+    reward: Reward | None,
+    examples: Sequence[Encoded],
+    config: EvalConfig,
+    *,
+    tokenizer: Any,
+    sampling: SamplingConfig,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """All that `config` asks to measure on the held-out examples, and a row for each response that was measured.
+
+    sampling: that of the training, which the config may change. Prompts are answered where there is something to
+    measure of the answers: a reward, or text metrics.
+    """
+    metrics: dict[str, float] = {}
+    rows: list[dict[str, Any]] = []
+    if examples:
+        metrics = evaluate_sft(policy, examples[: config.num_examples], batch_size=config.batch_size)
+    if examples and (reward is not None or config.text_metrics):
+        of_responses, rows = evaluate_responses(
+            policy, references, reward, examples[: config.num_prompts],
+            tokenizer=tokenizer, sampling=config.sampling(sampling), text_metrics=config.text_metrics,
+            batch_size=config.batch_size, seed=config.seed,
+        )  # fmt: skip
+        metrics |= of_responses
+    return metrics, rows
 
 
 @torch.no_grad()
@@ -54,30 +84,11 @@ def evaluate_responses(
     (running means, history) is left as it was: training goes on from its own. A response that the reward skips is
     left out.
     """
-    judge = _Unjudged() if reward is None else reward
-    state = judge.state_dict()
     generator = torch.Generator(policy.device).manual_seed(seed)
-    rollouts = []
-    for start in range(0, len(examples), batch_size):
-        batch = examples[start : start + batch_size]
-        try:
-            rollouts += [
-                collect(
-                    policy,
-                    references,
-                    judge,
-                    batch,
-                    tokenizer=tokenizer,
-                    sampling=sampling,
-                    generator=generator,
-                    allow_gap=True,
-                )
-            ]
-        except AllSkipped:
-            # The last batch may be one response; only where none has a score is there nothing to measure.
-            if not rollouts and start + batch_size >= len(examples):
-                raise
-    judge.load_state_dict(state)
+    rollouts = _rollouts(
+        policy, references, reward or _Unjudged(), examples,
+        batch_size=batch_size, tokenizer=tokenizer, sampling=sampling, generator=generator,
+    )  # fmt: skip
     rows = [row for rollout in rollouts for row in sample_rows(rollout)]
     responses = [row["response"] for row in rows]
     lengths = [n for rollout in rollouts for n in rollout.mask.sum(1).tolist()]
@@ -93,6 +104,30 @@ def evaluate_responses(
     if reward is None:
         return metrics, [{**row, "reward": None, "components": {}} for row in rows]
     return _reward_metrics(rows) | metrics, rows
+
+
+def _rollouts(
+    policy: Policy,
+    references: Sequence[Reference],
+    reward: Reward,
+    examples: Sequence[Encoded],
+    *,
+    batch_size: int,
+    **options: Any,
+) -> list[Rollout]:
+    """The examples' rollouts, a batch each, after which the reward's state is what it was."""
+    state = reward.state_dict()
+    rollouts: list[Rollout] = []
+    for start in range(0, len(examples), batch_size):
+        batch = examples[start : start + batch_size]
+        try:
+            rollouts.append(collect(policy, references, reward, batch, allow_gap=True, **options))
+        except AllSkipped:
+            # The last batch may be one response; only where none has a score is there nothing to measure.
+            if not rollouts and start + batch_size >= len(examples):
+                raise
+    reward.load_state_dict(state)
+    return rollouts
 
 
 class _Unjudged(Reward):

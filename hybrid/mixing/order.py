@@ -19,6 +19,14 @@ def _taken(sft_steps: int, ppo_steps: int) -> set[str]:
     return taken
 
 
+def _between(start: tuple[int, int], final: tuple[int, int], x: float) -> tuple[int, int]:
+    """The two counts at x between start (0) and final (1), rounded; never both nothing."""
+    if not x:
+        return start
+    sft, ppo = (math.floor(a + x * (b - a) + 0.5) for a, b in zip(start, final, strict=True))
+    return (sft, ppo) if sft + ppo else (int(start[0] > start[1]), int(start[0] <= start[1]))
+
+
 @register_strategy("sequential")
 @dataclass(frozen=True)
 class Sequential(Strategy):
@@ -100,30 +108,26 @@ class Alternate(Strategy):
 
     def _counts(self, cycle: int) -> tuple[int, int]:
         """The supervised and the PPO steps of a cycle."""
-        start, x = (self.sft_steps_per_cycle, self.ppo_steps_per_cycle), 0.0
+        start = (self.sft_steps_per_cycle, self.ppo_steps_per_cycle)
+        if self.curriculum != "reward":
+            return _between(start, self._final, self._progress(cycle))
+        counts: list[list[int]] = self.memory["counts"]
+        if cycle == len(counts):
+            counts.append(list(_between(start, self._final, self._progress(cycle))))
+        sft, ppo = counts[cycle]
+        return sft, ppo
+
+    def _progress(self, cycle: int) -> float:
+        """x of the curriculum, from 0 to 1; of "reward" as it stands now."""
         if self.curriculum == "reward":
-            counts = self.memory["counts"]
-            if cycle == len(counts):
-                counts.append(list(self._between(start, self._reached())))
-            return tuple(counts[cycle])
-        if self.curriculum != "none" and self.cycles > 1:
-            x = cycle / (self.cycles - 1)
-        return self._between(start, (1 - math.cos(math.pi * x)) / 2 if self.curriculum == "cosine" else x)
-
-    def _between(self, start: tuple[int, int], x: float) -> tuple[int, int]:
-        if not x:
-            return start
-        sft, ppo = (math.floor(a + x * (b - a) + 0.5) for a, b in zip(start, self._final, strict=True))
-        # Two counts that both round to nothing would make an empty cycle.
-        return (sft, ppo) if sft + ppo else (int(start[0] > start[1]), int(start[0] <= start[1]))
-
-    def _reached(self) -> float:
-        first, last = self.memory["first"], self.memory["last"]
-        if first is None or self.target_reward is None:
+            first, last, target = self.memory["first"], self.memory["last"], self.target_reward
+            if first is None or target is None:
+                return 0.0
+            return 1.0 if target <= first else float(min(max((last - first) / (target - first), 0.0), 1.0))
+        if self.curriculum == "none" or self.cycles == 1:
             return 0.0
-        if self.target_reward <= first:
-            return 1.0
-        return float(min(max((last - first) / (self.target_reward - first), 0.0), 1.0))
+        x = cycle / (self.cycles - 1)
+        return (1 - math.cos(math.pi * x)) / 2 if self.curriculum == "cosine" else x
 
     @property
     def num_steps(self) -> int | None:
