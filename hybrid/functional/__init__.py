@@ -20,6 +20,7 @@ from hybrid.functional.ppo import (
     token_reward,
     value_loss,
 )
+from hybrid.functional.precision import autocast_dtype, rounded_operands
 from hybrid.functional.sft import TokenWeight, sft_loss
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "TokenStats",
     "TokenWeight",
     "aggregate",
+    "autocast_dtype",
     "entropy",
     "full_kl",
     "gae",
@@ -46,6 +48,7 @@ __all__ = [
     "masked_var",
     "masked_whiten",
     "policy_loss",
+    "rounded_operands",
     "sft_loss",
     "soft_capped",
     "token_logprob",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hybrid.functional.logprob import IGNORE, TokenStats, check_scale, check_want
-from hybrid.functional.precision import check_same_shape, float_dtype
+from hybrid.functional.precision import autocast_dtype, check_same_shape, float_dtype, rounded_operands
 
 __all__ = ["linear_logprob"]
 
@@ -45,7 +45,8 @@ def linear_logprob(
         rows whose label is IGNORE are left out: they give 0, have no gradient and may hold anything, NaN too.
     want: any of "logprob", "entropy", "kl". "kl" is KL(policy || reference) and needs ref_hidden (..., D')
         and ref_weight (V, D'); the reference gets no gradient.
-    Products and statistics are float32 (float64 where an input is), also under autocast.
+    Products and statistics are float32 (float64 where an input is). Under autocast the operands of the products,
+        forward and backward, may be rounded to its dtype (`rounded_operands`); they are added in float32 all the same.
     Gradients flow to hidden, weight and bias, once: create_graph=True raises RuntimeError.
     Raises ValueError on shapes that do not fit, a label outside the vocabulary (checked on the CPU, where
     it costs no synchronisation), or a `want` that is not known.
@@ -63,9 +64,11 @@ def linear_logprob(
     if "kl" in want:
         assert ref_hidden is not None and ref_weight is not None
         reference = (_packed(ref_hidden.detach(), rows), ref_weight.detach(), _detached(ref_bias))
-    scale = (softcap, float(temperature))
+    scale, operands = (softcap, float(temperature)), autocast_dtype(hidden.device)
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-    outputs = _LinearLogprob.apply(_packed(hidden, rows), weight, bias, picked, scale, tuple(want), trained, *reference)
+    outputs = _LinearLogprob.apply(
+        _packed(hidden, rows), weight, bias, picked, scale, operands, tuple(want), trained, *reference
+    )
     return TokenStats(
         **{
             name: out.new_zeros(labels.numel()).index_put((rows,), out).view(labels.shape)
@@ -198,20 +201,21 @@ class _LinearLogprob(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         scale: tuple[float | None, float],
+        operands: torch.dtype | None,
         want: tuple[str, ...],
         trained: bool,
         *reference: Tensor | None,
     ) -> tuple[Tensor, ...]:
         dtype = float_dtype(*(x for x in (hidden, weight, bias, *reference) if x is not None))
         ctx.set_materialize_grads(False)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False), rounded_operands(operands):
             policy = _Head((hidden, weight, bias), scale, dtype)
             if trained:
                 policy.keep()
             ref = _Head(reference, scale, dtype) if reference else None
             stats = _forward(policy, ref, labels, entropy="entropy" in want)
         ctx.save_for_backward(hidden, weight, bias, labels, *reference, *stats.values())
-        ctx.names, ctx.want, ctx.scale, ctx.dtype = tuple(stats), want, scale, dtype
+        ctx.names, ctx.want, ctx.scale, ctx.dtype, ctx.operands = tuple(stats), want, scale, dtype, operands
         ctx.kept, ctx.dweight = policy.kept, policy.dweight
         return tuple(stats[name] for name in want)
 
@@ -226,13 +230,13 @@ class _LinearLogprob(torch.autograd.Function):
         # Only once: the first backward overwrites them, a second one (retain_graph) computes all anew.
         kept, dweight = ctx.kept, ctx.dweight
         ctx.kept, ctx.dweight = {}, None
-        with torch.autocast(hidden.device.type, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False), rounded_operands(ctx.operands):
             policy = _Head((hidden, weight, bias), ctx.scale, ctx.dtype)
             policy.kept = kept
             ref = _Head(reference, ctx.scale, ctx.dtype) if reference else None
             given = {name: grad for name, grad in zip(ctx.want, grads, strict=True) if grad is not None}
             of_inputs = _backward(policy, ref, labels, stats, given, ctx.needs_input_grad[:3], dweight)
-        return (*of_inputs, *[None] * (4 + len(reference)))
+        return (*of_inputs, *[None] * (5 + len(reference)))
 
 
 class _Partition:

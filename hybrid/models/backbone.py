@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hybrid.core import InputError, first_line, no_progress_bars
-from hybrid.functional import soft_capped
+from hybrid.functional import autocast_dtype, rounded_operands, soft_capped
 from hybrid.models.adapt import adopted
 from hybrid.models.contract import check_contract, logit_scale, refusing, windows
 
@@ -150,8 +150,9 @@ class Backbone(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V) float32, soft-capped: for a few positions, never for a whole batch."""
         bias = None if self.head_bias is None else self.head_bias.float()
-        # In float32 under autocast too: what is drawn from must be what the log-probs are later computed of.
-        with torch.autocast(hidden.device.type, enabled=False):
+        # As the log-probs are later computed, so that what is drawn from is what is trained.
+        operands = autocast_dtype(hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False), rounded_operands(operands):
             return soft_capped(nn.functional.linear(hidden.float(), self.head_weight.float(), bias), self.softcap)
 
     def next_logits(self, input_ids: Tensor, attention_mask: Tensor, cache: Any = None) -> tuple[Tensor, Any]:

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hybrid.functional import entropy, linear_logprob, token_logprob
+from hybrid.functional.precision import rounded_operands
 
 
 @pytest.fixture
@@ -306,22 +307,48 @@ def test_gradients_have_the_dtype_of_their_inputs():
     assert {g.dtype for g in gradients} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_result_under_autocast_is_the_float32_one(name):
-    case = Case(dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        under = getattr(case.stats(), name)
-    torch.testing.assert_close(under, getattr(case.stats(), name), rtol=0, atol=0)
+def wide_head():
+    """Operands of products that are large enough for a CPU to round them: (hidden (96, 64), weight (700, 64))."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(96, 64, generator=generator), torch.randn(700, 64, generator=generator)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_gradient_under_autocast_is_the_float32_one(name):
-    case = Case(dtype=torch.float32)
-    inputs = case.trainable()
+def test_under_autocast_operands_are_rounded_and_sums_are_float32():
+    hidden, weight = wide_head()
+    labels = torch.arange(96)
     with torch.autocast("cpu", torch.bfloat16):
-        under = torch.autograd.grad(getattr(case.stats(), name).sum(), inputs)
-    expected = torch.autograd.grad(getattr(case.stats(), name).sum(), inputs)
-    assert all(torch.equal(a, b) for a, b in zip(under, expected, strict=True))
+        under = linear_logprob(hidden, weight, labels).logprob
+    assert under.dtype == torch.float32
+    # A CPU that does not multiply bfloat16 leaves the operands alone.
+    exact, rounded = (
+        linear_logprob(x.double(), y.double(), labels).logprob.float()
+        for x, y in ((hidden, weight), (hidden.bfloat16(), weight.bfloat16()))
+    )
+    assert not torch.allclose(exact, rounded, rtol=0, atol=1e-3)  # 2^-9 of logits of size 8
+    assert any(torch.allclose(under, wanted, rtol=0, atol=1e-5) for wanted in (exact, rounded))
+
+
+def test_gradient_under_autocast_differs_by_bfloat16s_rounding():
+    inputs = [x.requires_grad_() for x in wide_head()]
+
+    def gradient():
+        stats = linear_logprob(*inputs, torch.arange(96), want=("logprob", "entropy"))
+        return stats.logprob.sum() + stats.entropy.sum()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = gradient()
+    for under, expected in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(gradient(), inputs), strict=True):
+        assert under.dtype == torch.float32
+        # 8 bits of each operand, in sums where the roundings partly cancel.
+        assert (under - expected).norm() < 2**-6 * expected.norm()
+
+
+def test_the_rounding_of_operands_ends_with_the_block():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with pytest.raises(KeyError), rounded_operands(torch.bfloat16):
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        raise KeyError
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
 class Largest(TorchDispatchMode):
