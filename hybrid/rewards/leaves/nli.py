@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -10,6 +10,7 @@ from hybrid.core import InputError
 from hybrid.rewards.base import register_reward
 from hybrid.rewards.classify import Classifier, load_classifier, nli_probabilities, nli_rows
 from hybrid.rewards.models import ModelReward, shared
+from hybrid.rewards.samples import Samples
 
 __all__ = ["TruthNLI"]
 
@@ -20,7 +21,7 @@ UNDECIDED = 0.5
 
 @register_reward("truth_nli", "truthfulness")
 @dataclass
-class TruthNLI(ModelReward):
+class TruthNLI(ModelReward[Classifier]):
     """Whether the target (premise) entails the response (hypothesis), by a model of inference.
 
         p_e_minus_p_c           p(entailment) - p(contradiction)     -1 to 1
@@ -51,9 +52,8 @@ class TruthNLI(ModelReward):
             )
         return classifier
 
-    def _model_scores(
-        self, loaded: Classifier, responses: list[str], targets: list[str], prompts: list[str], items: list[Any]
-    ) -> Sequence[float]:
+    def _model_scores(self, loaded: Classifier, samples: Samples) -> Sequence[float]:
+        responses, targets = samples.responses, samples.targets
         scores = [UNDECIDED] * len(responses)
         judged = [i for i in range(len(responses)) if responses[i].strip() and targets[i].strip()]
         pairs = [(targets[i], responses[i]) for i in judged]
