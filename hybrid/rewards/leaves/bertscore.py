@@ -14,7 +14,7 @@ from hybrid.rewards.classify import max_tokens
 from hybrid.rewards.extras import require
 from hybrid.rewards.fit import count_longer
 from hybrid.rewards.models import ModelReward, existing_model, shared
-from hybrid.rewards.samples import Samples
+from hybrid.rewards.samples import Samples, rows_with_text
 
 __all__ = ["BERTScore"]
 
@@ -63,7 +63,7 @@ class BERTScore(ModelReward[Any]):
         responses, targets = samples.responses, samples.targets
         # bert_score fails on empty texts; its word on them was 0.
         scores = torch.zeros(len(responses))
-        full = [i for i in range(len(responses)) if responses[i].strip() and targets[i].strip()]
+        full = rows_with_text(zip(responses, targets, strict=True))
         if self.rescale_with_baseline:
             baseline = loaded.baseline_vals[2]
             scores -= baseline / (1 - baseline)

@@ -11,7 +11,7 @@ from hybrid.rewards.classify import Classifier, label_index, load_classifier, lo
 from hybrid.rewards.models import ModelReward, shared
 from hybrid.rewards.samples import Samples
 
-__all__ = ["HarmClassifier", "TextClassifier", "one_label"]
+__all__ = ["HarmClassifier", "TextClassifier"]
 
 
 @register_reward("sentiment")
@@ -36,7 +36,7 @@ class TextClassifier(ModelReward[tuple[Classifier, int]]):
 
     def _load(self, device: torch.device) -> tuple[Classifier, int]:
         classifier = shared(load_classifier, self.model, device)
-        return classifier, one_label(classifier, self.target, "target")
+        return classifier, _one_label(classifier, self.target, "target")
 
     def _model_scores(self, loaded: tuple[Classifier, int], samples: Samples) -> Sequence[float]:
         classifier, index = loaded
@@ -117,7 +117,7 @@ class HarmClassifier(ModelReward[tuple[Classifier, int]]):
 
     def _load(self, device: torch.device) -> tuple[Classifier, int]:
         classifier = shared(load_classifier, self.model, device)
-        return classifier, one_label(classifier, self.label, "label")
+        return classifier, _one_label(classifier, self.label, "label")
 
     def _model_scores(self, loaded: tuple[Classifier, int], samples: Samples) -> Sequence[float]:
         harm = probability(loaded[0], samples.responses, loaded[1])
@@ -136,7 +136,7 @@ class Offensive(HarmClassifier):
     label: str = "offensive"
 
 
-def one_label(classifier: Classifier, wanted: str, parameter: str) -> int:
+def _one_label(classifier: Classifier, wanted: str, parameter: str) -> int:
     """Where the label `wanted` stands. A model of one output that has no name for it, LABEL_0, has any label."""
     if classifier.labels == ["LABEL_0"]:
         return 0

@@ -76,9 +76,8 @@ class Memory(ModelReward[Any]):
         return loaded
 
     def _model_scores(self, loaded: Any, samples: Samples) -> Sequence[float]:
-        return nearness(
-            loaded, *(self._ends(loaded.tokenizer, texts) for texts in (samples.responses, samples.targets))
-        )
+        responses, targets = (self._ends(loaded.tokenizer, texts) for texts in (samples.responses, samples.targets))
+        return nearness(loaded, responses, targets)
 
     def _ends(self, tokenizer: Any, texts: list[str]) -> list[str]:
         """The part of each text from its `window`-th last token on."""

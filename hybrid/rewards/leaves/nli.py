@@ -10,7 +10,7 @@ from hybrid.core import InputError
 from hybrid.rewards.base import register_reward
 from hybrid.rewards.classify import Classifier, load_classifier, nli_probabilities, nli_rows
 from hybrid.rewards.models import ModelReward, shared
-from hybrid.rewards.samples import Samples
+from hybrid.rewards.samples import Samples, rows_with_text
 
 __all__ = ["TruthNLI"]
 
@@ -53,17 +53,17 @@ class TruthNLI(ModelReward[Classifier]):
         return classifier
 
     def _model_scores(self, loaded: Classifier, samples: Samples) -> Sequence[float]:
-        responses, targets = samples.responses, samples.targets
-        scores = [UNDECIDED] * len(responses)
-        judged = [i for i in range(len(responses)) if responses[i].strip() and targets[i].strip()]
-        pairs = [(targets[i], responses[i]) for i in judged]
-        entailment, neutral, contradiction = nli_probabilities(loaded, pairs, self.labels).unbind(-1)
+        pairs = list(zip(samples.targets, samples.responses, strict=True))
+        judged = rows_with_text(pairs)
+        answers = nli_probabilities(loaded, [pairs[i] for i in judged], self.labels)
+        entailment, neutral, contradiction = answers.unbind(-1)
         if self.aggregation == "p_e_minus_p_c":
             values = entailment - contradiction
         elif self.aggregation == "p_e_plus_half_neutral":
             values = entailment + neutral / 2
         else:
             values = entailment
+        scores = [UNDECIDED] * len(pairs)
         for i, value in zip(judged, values.tolist(), strict=True):
             scores[i] = value
         return scores

@@ -12,7 +12,7 @@ from hybrid.rewards.classify import Classifier, fitted_to, load_classifier, logi
 from hybrid.rewards.embed import load_embedder, nearness, packaged
 from hybrid.rewards.extras import require
 from hybrid.rewards.models import ModelReward, shared
-from hybrid.rewards.samples import Samples
+from hybrid.rewards.samples import Samples, rows_with_text
 
 __all__ = ["QARelevance", "TopicConsistency"]
 
@@ -58,7 +58,7 @@ class QARelevance(ModelReward[Any]):
         if not isinstance(loaded, Classifier):
             return nearness(loaded, samples.prompts, samples.responses)
         pairs = fitted_to(loaded, list(zip(samples.prompts, samples.responses, strict=True)), lambda *pair: pair)
-        rows = [i for i, pair in enumerate(pairs) if all(text.strip() for text in pair)]
+        rows = rows_with_text(pairs)
         answers = logits(loaded, [pairs[i] for i in rows]).double()  # (rows, 1 or 2)
         relevant = answers.sigmoid()[:, 0] if len(loaded.labels) == 1 else answers.softmax(-1)[:, 1]
         found = dict(zip(rows, relevant.tolist(), strict=True))
