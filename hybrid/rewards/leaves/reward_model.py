@@ -80,4 +80,5 @@ def _pair(prompt: str, response: str) -> str | tuple[str, str]:
 
 def _chat(tokenizer: Any, prompt: str, response: str) -> str:
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    return tokenizer.apply_chat_template(turns, tokenize=False)
+    text: str = tokenizer.apply_chat_template(turns, tokenize=False)
+    return text
