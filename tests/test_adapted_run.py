@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from whole_run import crash
 
 from hybrid import HybridConfig, HybridTrainer
 from hybrid.cli import main
@@ -60,19 +61,10 @@ def test_a_hybrid_run_trains_the_adapter_and_leaves_the_model_under_it_alone(con
 
 
 @pytest.mark.slow
-def test_a_run_on_adapters_that_died_goes_on_as_the_uninterrupted_one(config, tmp_path, monkeypatch):
+def test_a_run_on_adapters_that_died_goes_on_as_the_uninterrupted_one(config, tmp_path):
     HybridTrainer(config=config).train()
     part = HybridTrainer(config=replace(config, run=replace(config.run, output=str(tmp_path / "part"))))
-    step = part.sft_step
-
-    def dying(batch):
-        if part.num_steps == 5:
-            raise KeyboardInterrupt
-        return step(batch)
-
-    monkeypatch.setattr(part, "sft_step", dying)
-    with pytest.raises(KeyboardInterrupt):
-        part.train()
+    crash(part, 5)
     checkpoint = tmp_path / "part" / CHECKPOINTS / "step-4" / "model"
     assert not list(checkpoint.glob("model*")), "the frozen weights are not saved again"
     HybridTrainer.resume(tmp_path / "part").train()

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_model
+from whole_run import crash, logged_rows, weights
 
 from hybrid import DataConfig, HybridConfig, HybridTrainer, Policy, PPOConfig, SamplingConfig, SFTConfig
 from hybrid.config import RunConfig
@@ -31,10 +32,6 @@ every_strategy = pytest.mark.parametrize("name", STRATEGIES)
 every_objective = pytest.mark.parametrize("name", objective_names())
 ROWS = [{"prompt": f"the w{i} w{i + 1}", "target": f"was good w{i} w{i + 1} w{i + 2}"} for i in range(8)]
 PTX = [{"text": f"it is a w{i} and a fine w{i + 2} w{i + 3}"} for i in range(6)]
-
-
-class Died(RuntimeError):
-    """Stands for a crash."""
 
 
 def score(response):
@@ -69,10 +66,6 @@ def trainer_of(name, tokenizer, folder=None, *, epochs=2.0, resume=False, **sect
 def short(name, trainer, epochs=2.0):
     """The strategy with its defaults, as long as so many passes over the data take."""
     return make_strategy({"strategy": name}).for_epochs(epochs, len(trainer.loader), len(trainer.prompts))
-
-
-def weights(trainer):
-    return torch.cat([p.detach().flatten() for p in trainer.policy.parameters()])
 
 
 class Watched:
@@ -222,34 +215,18 @@ def test_it_composes_with_any_token_weight(name, tokenizer, token_weight, monkey
 
 
 @every_strategy
-def test_a_run_that_died_goes_on_with_the_same_steps(name, tokenizer, tmp_path, monkeypatch):
+def test_a_run_that_died_goes_on_with_the_same_steps(name, tokenizer, tmp_path):
     whole = trainer_of(name, tokenizer, tmp_path / "whole")
     whole.train()
     trainer = trainer_of(name, tokenizer, tmp_path / "part")
     number = (whole.num_steps + 1) // 2
-    take = trainer.take
-
-    def dying(*args, **kwargs):
-        if trainer.num_steps > number:
-            raise Died
-        return take(*args, **kwargs)
-
-    monkeypatch.setattr(trainer, "take", dying)
-    with pytest.raises(Died):
-        trainer.train()
+    crash(trainer, number + 1)
 
     resumed = trainer_of(name, tokenizer, tmp_path / "part", resume=True)
     assert resumed.num_steps == number
     resumed.train()
     assert torch.equal(weights(resumed), weights(whole))
-    rows = [
-        [
-            {k: v for k, v in row.items() if not k.startswith(("seconds", "elapsed", "tokens_per_second"))}
-            for row in read_jsonl(tmp_path / run / "metrics.jsonl")
-        ]
-        for run in ("whole", "part")
-    ]
-    assert rows[0] == rows[1]
+    assert logged_rows(tmp_path / "part") == logged_rows(tmp_path / "whole")
 
 
 @every_strategy

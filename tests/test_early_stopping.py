@@ -4,10 +4,11 @@ import json
 import math
 
 import pytest
+from whole_run import crash, logged_rows
 
 from hybrid import HybridConfig, HybridTrainer, InputError
 from hybrid.cli import main
-from hybrid.run import CHECKPOINTS, Checkpoints, read_jsonl
+from hybrid.run import CHECKPOINTS, Checkpoints
 
 ROWS = [{"prompt": f"Tell me about day {i}.", "target": f"It was a good day, number {i}."} for i in range(12)]
 NAN = math.nan
@@ -98,12 +99,6 @@ def test_the_best_evaluation_has_a_checkpoint_where_it_is_the_last_as_well(make)
     assert Checkpoints(trainer.folder / CHECKPOINTS, best=trainer.config.eval.best).best().name == "step-12"
 
 
-def rows_of(folder):
-    """The run's rows without what the clock says."""
-    timed = ("seconds", "elapsed", "tokens_per_second")
-    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in read_jsonl(folder / "metrics.jsonl")]
-
-
 @pytest.mark.parametrize(("fatal_step", "checkpoint"), [(5, 4), (9, 8)])
 def test_a_resumed_run_stops_at_the_step_of_the_uninterrupted_one(make, fatal_step, checkpoint):
     # Its loss falls up to step 6 and is higher at 8, where a checkpoint is, and at 10.
@@ -113,31 +108,22 @@ def test_a_resumed_run_stops_at_the_step_of_the_uninterrupted_one(make, fatal_st
     assert fatal_step < whole.num_steps < 12, "it was to stop early"
 
     part = make("part", **options)
-    step = part.sft_step
-
-    def dying(batch):
-        if part.num_steps == fatal_step:
-            raise RuntimeError
-        return step(batch)
-
-    part.sft_step = dying
-    with pytest.raises(RuntimeError):
-        part.train()
+    crash(part, fatal_step)
     resumed = HybridTrainer.resume(part.folder)
     assert resumed.num_steps == checkpoint
     resumed.train()
     assert resumed.num_steps == whole.num_steps
-    assert rows_of(part.folder) == rows_of(whole.folder)
+    assert logged_rows(part.folder) == logged_rows(whole.folder)
 
 
 def test_a_run_that_stopped_early_takes_no_step_when_it_is_resumed(make, capsys):
     trainer = make(checkpoint={"every": 2}, eval={"patience": 1})
     evaluation = scripted(trainer, "sft_loss", [1.0, 0.5, 0.7]).train()
-    before = rows_of(trainer.folder)
+    before = logged_rows(trainer.folder)
     resumed = HybridTrainer.resume(trainer.folder)
     assert resumed.train() == evaluation == {"sft_loss": 0.7}
     assert resumed.num_steps == trainer.num_steps == 4
-    assert rows_of(trainer.folder) == before
+    assert logged_rows(trainer.folder) == before
     assert capsys.readouterr().err.count("stopped early after step 4") == 2
 
 
@@ -159,7 +145,7 @@ def test_text_metrics_of_a_run_are_logged_reported_and_measured_on_its_checkpoin
     names = ["bleu", "chrf", "rouge_l", "token_f1", "exact_match"]
     trainer = make(checkpoint={"every": 4}, eval={"text_metrics": names, "metric": "token_f1", "temperature": 0.0})
     trainer.train()
-    rows = [row for row in rows_of(trainer.folder) if row["phase"] == "eval"]
+    rows = [row for row in logged_rows(trainer.folder) if row["phase"] == "eval"]
     assert [row["step"] for row in rows] == [0, 2, 4, 6, 8, 10, 12]
     assert all(set(names) < set(row) and row["num_targets"] == 3 for row in rows)
     assert rows[-1]["token_f1"] > rows[0]["token_f1"]

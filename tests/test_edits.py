@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from whole_run import crash
 
 from hybrid import HybridConfig, HybridTrainer
 from hybrid.cli import main
@@ -26,23 +27,10 @@ def values(stories, tmp_path, **sections):
     } | sections
 
 
-class Died(RuntimeError):
-    pass
-
-
-def stopped(config, monkeypatch, *, after):
-    """A run that died after some steps."""
+def stopped(config, *, after):
+    """The folder of a run that died after some steps."""
     trainer = HybridTrainer(config=HybridConfig.from_dict(config))
-    step = trainer.sft_step
-
-    def dying(batch):
-        if trainer.num_steps > after:
-            raise Died
-        return step(batch)
-
-    monkeypatch.setattr(trainer, "sft_step", dying)
-    with pytest.raises(Died):
-        trainer.train()
+    crash(trainer, after + 1)
     return trainer.folder
 
 
@@ -52,9 +40,9 @@ def edit(folder, *overrides):
 
 
 @pytest.fixture
-def run(stories, tmp_path, monkeypatch):
+def run(stories, tmp_path):
     """A run of 4 steps that died in its third, with a checkpoint of its second."""
-    return stopped(values(stories, tmp_path), monkeypatch, after=2)
+    return stopped(values(stories, tmp_path), after=2)
 
 
 def test_edits_that_change_what_is_learnt_are_refused_all_at_once(run):
@@ -128,18 +116,16 @@ def test_a_finished_run_is_not_trained_again(stories, tmp_path, capsys):
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_run_that_goes_on_after_its_end_is_not_finished_meanwhile(stories, tmp_path, monkeypatch):
+def test_a_run_that_goes_on_after_its_end_is_not_finished_meanwhile(stories, tmp_path):
     trainer = HybridTrainer(config=HybridConfig.from_dict(values(stories, tmp_path)))
     trainer.train()
     assert (trainer.folder / "finished.json").exists()
-    monkeypatch.setattr(trainer, "sft_step", lambda batch: (_ for _ in ()).throw(Died))
-    with pytest.raises(Died):
-        trainer.train()
+    crash(trainer, 5)
     assert not (trainer.folder / "finished.json").exists()
 
 
-def test_a_killed_run_without_a_checkpoint_says_that_it_starts_again(stories, tmp_path, monkeypatch, caplog):
-    run = stopped(values(stories, tmp_path, checkpoint={"every": 0}), monkeypatch, after=2)
+def test_a_killed_run_without_a_checkpoint_says_that_it_starts_again(stories, tmp_path, caplog):
+    run = stopped(values(stories, tmp_path, checkpoint={"every": 0}), after=2)
     HybridTrainer.resume(run).train()
     assert "has saved no checkpoint: it starts again from step 0" in caplog.text
     assert [row["step"] for row in read_jsonl(run / "metrics.jsonl")] == [1, 2, 3, 4]

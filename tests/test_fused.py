@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_case import DEVICE, kernel, launcher
-from tiny import tiny_model
+from tiny import tiny_examples, tiny_model, tiny_policy
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hybrid import functional, fused
-from hybrid.core import Encoded, InputError
+from hybrid.core import InputError
 from hybrid.data import collate
 from hybrid.fused import kernel_backend
 from hybrid.models import Policy, Reference
@@ -283,24 +283,12 @@ def assert_same(ours, theirs):
         torch.testing.assert_close(x, theirs[name], msg=lambda text, name=name: f"{name}: {text}", **CLOSE)
 
 
-def a_policy(family):
-    policy = Policy(tiny_model(family)).eval().to(DEVICE)
-    torch.nn.init.normal_(policy.value_head.linear.weight, std=0.1)
-    return policy
-
-
-def encoded(*lengths):
-    """Examples of so many tokens, of which the first two are the prompt."""
-    generator = torch.Generator().manual_seed(1)
-    rows = [torch.randint(3, 97, (n,), generator=generator).tolist() for n in lengths]
-    return [Encoded(tuple(ids), (-100, -100, *ids[2:]), tuple(ids[:2]), "", "", {}) for ids in rows]
-
-
 @kernel
 @needs_triton
 @pytest.mark.parametrize("family", ["llama", "gptj"])  # without and with a bias in the head
 def test_an_sft_step_is_the_same_on_both_sides(monkeypatch, family):
-    policy, batch = a_policy(family), collate(encoded(7, 3, 12), pad_id=0).to(DEVICE)
+    policy = tiny_policy(family).to(DEVICE)
+    batch = collate(tiny_examples(7, 3, 12, seed=1), pad_id=0).to(DEVICE)
     torch_side, triton_side = both_sides(
         monkeypatch, lambda: loss_and_gradients(policy, sft_batch_loss(policy, batch, SFTConfig())[0])
     )
@@ -310,13 +298,13 @@ def test_an_sft_step_is_the_same_on_both_sides(monkeypatch, family):
 @kernel
 @needs_triton
 def test_a_rollout_and_its_ppo_step_are_the_same_on_both_sides(monkeypatch, tokenizer):
-    policy = a_policy("llama")
+    policy = tiny_policy().to(DEVICE)
     reference = Reference.from_policy(Policy(tiny_model("llama", seed=1)), device=DEVICE)
     config = PPOConfig(batch_size=4, minibatch_size=4, entropy_coef=0.01)
 
     def compute():
         rollout = collect(
-            policy, [reference], make_reward(lambda response: float(len(response))), encoded(5, 3, 4, 6),
+            policy, [reference], make_reward(lambda response: float(len(response))), tiny_examples(5, 3, 4, 6, seed=1),
             tokenizer=tokenizer, sampling=SamplingConfig(max_new_tokens=12, temperature=1.3), kl_coef=0.1,
             kl_kind="full", generator=torch.Generator(DEVICE).manual_seed(1),
         )  # fmt: skip

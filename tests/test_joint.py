@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from test_conformance import ROWS, score, trainer_of, weights
+from test_conformance import ROWS, score, trainer_of
 from tiny import tiny_model
+from whole_run import weights
 
 from hybrid import DataConfig, HybridConfig, HybridTrainer, InputError, Policy, PPOConfig, SFTConfig
 from hybrid.core import Encoded

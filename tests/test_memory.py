@@ -2,9 +2,8 @@
 
 import pytest
 import torch
+from largest import Largest
 from tiny import tiny_model
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hybrid.core import Encoded
 from hybrid.data import collate, left_pad
@@ -13,17 +12,6 @@ from hybrid.objectives import PPOConfig, SFTConfig, ppo_batch_loss, sft_batch_lo
 from hybrid.rollout import Responses, assemble
 
 VOCAB, ROWS, PROMPT, RESPONSE = 50257, 8, 4, 28
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the most elements of any tensor that an operation returned."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
-        return out
 
 
 @pytest.fixture(scope="module")

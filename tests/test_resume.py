@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from whole_run import crash, logged_rows
 
 from hybrid import HybridConfig, HybridTrainer, Policy
 from hybrid.cli import main
@@ -49,12 +50,6 @@ def config(stories, tmp_path, name, **sections):
     return values | sections
 
 
-def rows_of(folder):
-    """The run's rows without what the clock says."""
-    timed = ("seconds", "elapsed", "tokens_per_second")
-    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in read_jsonl(folder / "metrics.jsonl")]
-
-
 def weights(folder):
     from safetensors.torch import load_file
 
@@ -70,7 +65,7 @@ def whole(stories, tmp_path):
 
 
 def assert_equal_runs(one, other):
-    assert rows_of(one) == rows_of(other)
+    assert logged_rows(one) == logged_rows(other)
     samples = [list(read_jsonl(folder / "samples.jsonl")) for folder in (one, other)]
     assert samples[0] == samples[1]
     assert torch.equal(weights(one), weights(other))
@@ -79,24 +74,8 @@ def assert_equal_runs(one, other):
 @pytest.mark.slow
 @pytest.mark.parametrize("fatal_step", [3, 4, 8])
 def test_a_run_that_died_and_goes_on_equals_the_uninterrupted_one(stories, tmp_path, whole, fatal_step):
-    class Died(RuntimeError):
-        pass
-
     trainer = HybridTrainer(config=HybridConfig.from_dict(config(stories, tmp_path, "part")))
-    steps = {name: getattr(trainer, name) for name in ("sft_step", "joint_step")}
-
-    def dying(step):
-        def call(*args, **kwargs):
-            if trainer.num_steps == fatal_step:
-                raise Died
-            return step(*args, **kwargs)
-
-        return call
-
-    for name, step in steps.items():
-        setattr(trainer, name, dying(step))
-    with pytest.raises(Died):
-        trainer.train()
+    crash(trainer, fatal_step)
 
     resumed = HybridTrainer.resume(tmp_path / "part")
     assert resumed.num_steps == (fatal_step - 1) // 2 * 2
@@ -180,7 +159,7 @@ def test_a_run_of_the_first_floor_plan_goes_on(tokenizer, tmp_path):
         return float("1" in response)
 
     shutil.copytree(ROOT / "tests" / "runs" / "0.1", tmp_path / "run")
-    expected = rows_of(tmp_path / "run")[-1]
+    expected = logged_rows(tmp_path / "run")[-1]
     trainer = HybridTrainer.resume(
         tmp_path / "run",
         policy_or_name=Policy(tiny_model("llama", seed=1)),
@@ -191,7 +170,7 @@ def test_a_run_of_the_first_floor_plan_goes_on(tokenizer, tmp_path):
     )
     assert trainer.num_steps == 3
     trainer.train()
-    found = rows_of(tmp_path / "run")[-1]
+    found = logged_rows(tmp_path / "run")[-1]
     assert found.keys() == expected.keys()
     assert {name: found[name] for name in ("step", "phase", "cycle")} == {"step": 4, "phase": "ppo", "cycle": 0}
     for name in ("loss", "kl", "entropy", "grad_norm", "value_mean", "ratio_max"):

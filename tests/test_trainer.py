@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from whole_run import weights
 
 from hybrid import (
     HybridConfig,
@@ -50,10 +51,6 @@ def make(stories, tmp_path=None, reward=num_letters, rows=ROWS, **changes):
         config = replace(config, run=RunConfig(output=str(tmp_path / "run")), reward={"type": "sentiment_lexicon"})
         reward = None
     return HybridTrainer(stories, train_data=rows, reward=reward, config=config)
-
-
-def weights(trainer):
-    return torch.cat([p.detach().flatten() for p in trainer.policy.parameters()])
 
 
 def test_training_by_hand_is_sft_step_rollout_ppo_step(stories):

@@ -1,4 +1,4 @@
-"""Tiny random models of real families, for tests that need no trained one."""
+"""Tiny random models of real families, for tests that need no trained one, and examples for them."""
 
 import torch
 
@@ -38,3 +38,21 @@ def tiny_model(family: str = "llama", *, seed: int = 0, std: float = 0.2, **over
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=std)
     return model.eval()
+
+
+def tiny_policy(family: str = "llama", *, value_std: float = 0.1):
+    """A policy on such a model, whose values are not all 0."""
+    from hybrid.models import Policy
+
+    policy = Policy(tiny_model(family)).eval()
+    torch.nn.init.normal_(policy.value_head.linear.weight, std=value_std)
+    return policy
+
+
+def tiny_examples(*lengths: int, seed: int = 0):
+    """Examples of so many tokens, of which the first two are the prompt."""
+    from hybrid.core import Encoded
+
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(3, 97, (n,), generator=generator).tolist() for n in lengths]
+    return [Encoded(tuple(ids), (-100, -100, *ids[2:]), tuple(ids[:2]), "", "", {}) for ids in rows]

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from hybrid import register_reward
 from hybrid.rewards.classify import Classifier
 from hybrid.rewards.leaves.classifier import TextClassifier
+from hybrid.rewards.samples import Samples
 
 __all__ = ["ReviewSentiment"]
 
@@ -29,14 +29,9 @@ class ReviewSentiment(TextClassifier):
         classifier.tokenizer.truncation_side = "left"
         return classifier, index
 
-    def _model_scores(
-        self,
-        loaded: tuple[Classifier, int],
-        responses: list[str],
-        targets: list[str],
-        prompts: list[str],
-        items: list[Any],
-    ) -> Sequence[float]:
-        starts = [(item or {}).get("start", prompt) for item, prompt in zip(items, prompts, strict=True)]
-        reviews = [start + response for start, response in zip(starts, responses, strict=True)]
-        return super()._model_scores(loaded, reviews, targets, prompts, items)
+    def _model_scores(self, loaded: tuple[Classifier, int], samples: Samples) -> Sequence[float]:
+        starts = [
+            (item or {}).get("start", prompt) for item, prompt in zip(samples.items, samples.prompts, strict=True)
+        ]
+        reviews = [start + response for start, response in zip(starts, samples.responses, strict=True)]
+        return super()._model_scores(loaded, samples._replace(responses=reviews))

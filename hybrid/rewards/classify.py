@@ -221,8 +221,8 @@ def _answers(model: Any, rows: list[dict[str, list[int]]]) -> Tensor:
         for key, column in columns.items()
     }
     with torch.inference_mode(), _padded_by(model, pad_id):
-        outputs = model(**{key: value.to(model.device) for key, value in inputs.items()})
-    return outputs.logits.float().cpu()
+        answers: Tensor = model(**{key: value.to(model.device) for key, value in inputs.items()}).logits
+    return answers.float().cpu()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hybrid.core import InputError, first_line
 from hybrid.rewards.fit import count_longer
+from hybrid.rewards.samples import rows_with_text
 
 __all__ = ["LONGEST", "embeddings", "load_embedder", "nearness", "packaged", "texts_of"]
 
@@ -53,7 +54,7 @@ def nearness(embedder: Any, firsts: Sequence[str], seconds: Sequence[str]) -> li
     A blank text is near to nothing: 0. Two texts of which the embedder knows no token (two emoji, for many)
     have one and the same vector, whatever they say: such a pair is 1 if the texts are equal, else 0.5.
     """
-    rows = [i for i, pair in enumerate(zip(firsts, seconds, strict=True)) if all(text.strip() for text in pair)]
+    rows = rows_with_text(zip(firsts, seconds, strict=True))
     texts = [firsts[i] for i in rows] + [seconds[i] for i in rows]
     a, b = embeddings(embedder, texts).chunk(2) if rows else (torch.zeros(0, 1), torch.zeros(0, 1))
     known = _known(embedder, texts)

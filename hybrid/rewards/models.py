@@ -3,24 +3,26 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from hybrid.core import InputError, first_line, no_progress_bars
 from hybrid.rewards.base import Reward
+from hybrid.rewards.samples import Samples
 
 __all__ = ["ModelReward", "existing_model", "pretrained", "shared"]
 
 T = TypeVar("T")
+Loaded = TypeVar("Loaded")
 _shared: dict[tuple[Any, ...], Any] = {}
 
 
-class ModelReward(Reward):
+class ModelReward(Reward, Generic[Loaded]):
     """A reward with a model. A leaf of it is a dataclass with the fields `model` and `device`, and implements
 
         _load(device) -> what scoring needs, by way of `shared`
-        _model_scores(loaded, responses, targets, prompts, items) -> one number each
+        _model_scores(loaded, samples) -> one number each
 
     The model is loaded by `setup` or at the first score, and asked in inference mode.
     """
@@ -41,12 +43,10 @@ class ModelReward(Reward):
         except Exception as error:
             raise InputError(f"reward {self.component_name!r} cannot be loaded: {first_line(error)}") from error
 
-    def _load(self, device: torch.device) -> Any:
+    def _load(self, device: torch.device) -> Loaded:
         raise NotImplementedError(f"{type(self).__name__} must implement _load")
 
-    def _model_scores(
-        self, loaded: Any, responses: list[str], targets: list[str], prompts: list[str], items: list[Any]
-    ) -> Sequence[float]:
+    def _model_scores(self, loaded: Loaded, samples: Samples) -> Sequence[float]:
         raise NotImplementedError(f"{type(self).__name__} must implement _model_scores")
 
     def _prepare(self) -> None:
@@ -55,7 +55,7 @@ class ModelReward(Reward):
 
     def _score(self, responses: list[str], targets: list[str], prompts: list[str], items: list[Any]) -> Sequence[float]:
         with torch.inference_mode():
-            return self._model_scores(self._loaded, responses, targets, prompts, items)
+            return self._model_scores(self._loaded, Samples(responses, targets, prompts, items))
 
 
 def existing_model(name: str, parameter: str = "model") -> str:
@@ -77,7 +77,8 @@ def shared(load: Callable[..., T], name: str, device: torch.device, *options: An
     key = (load, name, str(device), *options)
     if key not in _shared:
         _shared[key] = load(name, device, *options)
-    return _shared[key]
+    loaded: T = _shared[key]
+    return loaded
 
 
 def pretrained(auto_class: str, name: str, device: torch.device) -> tuple[Any, Any]:

@@ -2,10 +2,10 @@
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["Samples", "Target", "has_text", "shortened"]
+__all__ = ["Samples", "Target", "has_text", "rows_with_text", "shortened"]
 
 # Half of a UTF-16 pair is no character, but JSON can hold one, and tokenizers raise on it.
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -79,6 +79,11 @@ def has_text(target: Any) -> bool:
     """Whether there is anything but white space in a target, or in one of several references."""
     texts = target if isinstance(target, (list, tuple)) else [target]
     return any(text is not None and str(text).strip() for text in texts)
+
+
+def rows_with_text(pairs: Iterable[tuple[str, str]]) -> list[int]:
+    """Which of the pairs have two texts that hold more than white space."""
+    return [i for i, pair in enumerate(pairs) if all(text.strip() for text in pair)]
 
 
 def shortened(text: str, width: int = 80) -> str:

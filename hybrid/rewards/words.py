@@ -20,12 +20,12 @@ def words(text: str) -> list[str]:
 
     Linear in the text's length, whatever is in it.
     """
-    return _pattern(WORD).findall(plain(text))
+    return _found(WORD, plain(text))
 
 
 def words_and_symbols(text: str) -> list[str]:
     """As `words`, with each emoji, currency or mathematical sign as a word of its own."""
-    return _pattern(f"{WORD}|{SYMBOL}").findall(plain(text))
+    return _found(f"{WORD}|{SYMBOL}", plain(text))
 
 
 def ngrams(words: Sequence[str], n: int) -> list[str]:
@@ -42,6 +42,11 @@ def plain(text: str) -> str:
     # Composing a run of marks is quadratic in its length (100,000 of them: 7 s). 30 is what Unicode's
     # stream-safe text format allows: https://www.unicode.org/reports/tr15/#Stream_Safe_Text_Format
     return unicodedata.normalize("NFC", _pattern(r"(\p{M}{30})\p{M}++").sub(r"\1", text))
+
+
+def _found(pattern: str, text: str) -> list[str]:
+    found: list[str] = _pattern(pattern).findall(text)
+    return found
 
 
 @cache

@@ -3,17 +3,12 @@
 import logging
 
 import pytest
+from data.refusals import rows_refusal
 
 from hybrid.core import Example, InputError
 from hybrid.data import DataConfig, examples_from, read_examples, split_examples
 
 IN_ORDER = DataConfig(shuffle=False)
-
-
-def refusal(rows, **settings):
-    with pytest.raises(InputError) as info:
-        read_examples(rows, DataConfig(**settings))
-    return str(info.value)
 
 
 def dialogue(*roles):
@@ -66,24 +61,24 @@ def test_numbers_become_text():
 
 
 def test_columns_that_cannot_be_found_are_refused_with_those_there_are():
-    message = refusal([{"ask": "a", "answer": "b"}])
+    message = rows_refusal([{"ask": "a", "answer": "b"}])
     assert "'ask', 'answer'" in message
     assert "data.prompt" in message
 
 
 def test_a_missing_column_is_refused_with_the_nearest_name():
-    assert "'answer'" in refusal([{"question": "a", "answer": "b"}], prompt="question", target="anser")
+    assert "'answer'" in rows_refusal([{"question": "a", "answer": "b"}], prompt="question", target="anser")
 
 
 @pytest.mark.parametrize("value", [None, ["a"], {"a": 1}])
 def test_a_value_that_is_not_text_is_refused_with_its_row(value):
-    message = refusal([{"prompt": "a", "target": "b"}, {"prompt": value, "target": "b"}])
+    message = rows_refusal([{"prompt": "a", "target": "b"}, {"prompt": value, "target": "b"}])
     assert "row 2" in message
     assert "'prompt'" in message
 
 
 def test_an_empty_prompt_is_refused_with_its_row():
-    assert "row 1" in refusal([{"prompt": " ", "target": "b"}])
+    assert "row 1" in rows_refusal([{"prompt": " ", "target": "b"}])
 
 
 @pytest.mark.parametrize(
@@ -99,7 +94,7 @@ def test_an_empty_prompt_is_refused_with_its_row():
     ],
 )
 def test_a_dialogue_that_cannot_be_trained_is_refused_with_its_row(value, reason):
-    message = refusal([{"messages": value}])
+    message = rows_refusal([{"messages": value}])
     assert "row 1" in message
     assert reason in message
 
@@ -108,11 +103,11 @@ def test_the_filter_keeps_rows_and_their_numbers(filters):
     rows = [{"n": n, "text": None if n == 4 else str(n)} for n in range(6)]
     kept = read_examples(rows[:4], DataConfig(filter="row_filters:even", shuffle=False))
     assert [e.target for e in kept] == ["0", "2"]
-    assert "row 5" in refusal(rows, filter="row_filters:even")
+    assert "row 5" in rows_refusal(rows, filter="row_filters:even")
 
 
 def test_a_filter_that_keeps_nothing_is_refused_by_name(filters):
-    assert "row_filters:nothing" in refusal([{"n": 1, "text": "a"}], filter="row_filters:nothing")
+    assert "row_filters:nothing" in rows_refusal([{"n": 1, "text": "a"}], filter="row_filters:nothing")
 
 
 def test_the_order_is_a_pure_function_of_the_seed():

@@ -4,6 +4,7 @@ from decimal import Decimal
 
 import numpy
 import pytest
+from data.refusals import rows_refusal
 
 from hybrid.core import IGNORE, InputError
 from hybrid.data import DataConfig, read_example_set, read_examples
@@ -11,14 +12,6 @@ from hybrid.data import DataConfig, read_example_set, read_examples
 IN_ORDER = DataConfig(shuffle=False)
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 NAN = float("nan")
-
-
-def refusal(rows, **settings):
-    with pytest.raises(InputError) as info:
-        read_examples(rows, DataConfig(**settings))
-    message = str(info.value)
-    assert "\n" not in message
-    return message
 
 
 def one(row, **settings):
@@ -82,9 +75,11 @@ def test_a_prompt_of_messages_is_not_trained(answer, columns):
 def test_an_answer_of_weight_0_is_not_trained():
     turns = [USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 1}]
     assert one({"messages": turns}).num_prompt_messages == 2
-    assert "ends with an answer of weight 0" in refusal([{"messages": turns[:2]}])
-    assert "message 4 has weight 0 behind message 2" in refusal([{"messages": [USER, ANSWER, *turns[:2], *turns[2:]]}])
-    assert "0 or 1, got 0.5" in refusal([{"messages": [USER, {**ANSWER, "weight": 0.5}]}])
+    assert "ends with an answer of weight 0" in rows_refusal([{"messages": turns[:2]}])
+    assert "message 4 has weight 0 behind message 2" in rows_refusal(
+        [{"messages": [USER, ANSWER, *turns[:2], *turns[2:]]}]
+    )
+    assert "0 or 1, got 0.5" in rows_refusal([{"messages": [USER, {**ANSWER, "weight": 0.5}]}])
 
 
 def test_a_system_column_stands_before_the_dialogue():
@@ -92,7 +87,7 @@ def test_a_system_column_stands_before_the_dialogue():
     assert one({"messages": [USER, ANSWER], "system": "s"}).messages == (first, USER, ANSWER)
     for nothing in (None, "", NAN):
         assert one({"messages": [first, USER, ANSWER], "system": nothing}).messages == (first, USER, ANSWER)
-    assert "has one too" in refusal([{"messages": [first, USER, ANSWER], "system": "t"}])
+    assert "has one too" in rows_refusal([{"messages": [first, USER, ANSWER], "system": "t"}])
 
 
 def test_a_prompt_of_messages_alone_serves_rollouts():
@@ -148,7 +143,7 @@ def test_a_tokenised_row_is_taken_as_it_is_without_its_padding(row, ids, labels)
 
 def test_columns_are_those_of_all_rows():
     rows = [{"prompt": "a"}] + [{"prompt": "a", "target": "b"}] * 3
-    message = refusal(rows)
+    message = rows_refusal(rows)
     assert "row 1 has no 'target'" in message
     assert "data.filter" in message
     assert 'write ""' in message
@@ -157,7 +152,7 @@ def test_columns_are_those_of_all_rows():
 @pytest.mark.parametrize("value", [None, True, False, numpy.True_, NAN, float("inf"), ["a"], {"a": 1}, b"a"])
 @pytest.mark.parametrize("columns", [("prompt", "target"), ("question", "answer")])
 def test_a_target_that_is_no_text_is_refused_with_row_and_column(value, columns):
-    message = refusal([dict.fromkeys(columns, "a"), dict(zip(columns, ("a", value), strict=True))])
+    message = rows_refusal([dict.fromkeys(columns, "a"), dict(zip(columns, ("a", value), strict=True))])
     assert "row 2" in message
     assert columns[1] in message
 
@@ -166,13 +161,13 @@ def test_pandas_marks_of_a_missing_value_are_no_text():
     import pandas
 
     for missing in (pandas.NA, pandas.NaT):
-        assert "a missing value; leave" in refusal([{"prompt": "a", "target": missing}])
-    assert "column 'target' is null" in refusal(pandas.DataFrame({"prompt": ["a", "b"], "target": ["c", None]}))
+        assert "a missing value; leave" in rows_refusal([{"prompt": "a", "target": missing}])
+    assert "column 'target' is null" in rows_refusal(pandas.DataFrame({"prompt": ["a", "b"], "target": ["c", None]}))
 
 
 @pytest.mark.parametrize("columns", [("prompt", "target"), ("text", "x")])
 def test_half_a_character_is_refused_with_its_row(columns):
-    message = refusal([dict.fromkeys(columns, "a\ud83d")])
+    message = rows_refusal([dict.fromkeys(columns, "a\ud83d")])
     assert "row 1" in message
     assert r"'\ud83d'" in message
 
@@ -213,7 +208,7 @@ def test_half_a_character_is_refused_with_its_row(columns):
     ],
 )
 def test_what_cannot_be_trained_is_refused(rows, message):
-    assert message in refusal(rows)
+    assert message in rows_refusal(rows)
 
 
 def test_named_columns_are_taken_before_all_layouts():
@@ -295,7 +290,7 @@ def filters(monkeypatch):
     ],
 )
 def test_a_filter_that_does_not_answer_is_refused(filters, name, message):
-    assert message in refusal([{"text": "a"}], filter=f"odd_filters:{name}")
+    assert message in rows_refusal([{"text": "a"}], filter=f"odd_filters:{name}")
 
 
 def test_the_error_of_a_filter_is_kept_and_numpys_truth_is_one(filters):
@@ -308,7 +303,7 @@ def test_the_error_of_a_filter_is_kept_and_numpys_truth_is_one(filters):
 
 def test_calls_that_are_no_list_of_objects_are_refused():
     messages = [USER, {"role": "assistant", "tool_calls": "add(1)"}]
-    assert "its tool_calls must be a list of calls (objects), got 'add(1)'" in refusal([{"messages": messages}])
+    assert "its tool_calls must be a list of calls (objects), got 'add(1)'" in rows_refusal([{"messages": messages}])
 
 
 def test_calls_may_be_the_json_text_of_a_list():
@@ -330,12 +325,12 @@ def test_an_answer_that_any_flag_takes_out_is_not_trained(flag):
     ],
 )
 def test_a_verdict_in_any_form_is_a_preference(row):
-    assert "'label' of true and false" in refusal([row])
+    assert "'label' of true and false" in rows_refusal([row])
 
 
 @pytest.mark.parametrize("column", ["loss_mask", "assistant_mask", "loss_weights", "prompt_mask"])
 def test_a_mask_by_a_name_that_is_not_read_is_refused(column):
-    assert f"the column {column!r} beside 'input_ids'" in refusal([{"input_ids": [5, 6], column: [0, 1]}])
+    assert f"the column {column!r} beside 'input_ids'" in rows_refusal([{"input_ids": [5, 6], column: [0, 1]}])
 
 
 def test_other_columns_beside_token_ids_are_not_used():
@@ -343,7 +338,7 @@ def test_other_columns_beside_token_ids_are_not_used():
 
 
 def test_a_decimal_that_cannot_be_compared_is_missing():
-    assert "a missing value" in refusal([{"prompt": "a", "target": Decimal("sNaN")}])
+    assert "a missing value" in rows_refusal([{"prompt": "a", "target": Decimal("sNaN")}])
 
 
 def test_what_pandas_calls_missing_is_no_key_of_a_message():

@@ -1,8 +1,8 @@
 """Tests of hybrid.data.read."""
 
 import pytest
+from data.refusals import source_refusal
 
-from hybrid.core import InputError
 from hybrid.data import read_rows
 
 
@@ -10,12 +10,6 @@ def written(folder, name, content):
     path = folder / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return str(path)
-
-
-def refusal(source, **kwargs):
-    with pytest.raises(InputError) as info:
-        read_rows(source, **kwargs)
-    return str(info.value)
 
 
 @pytest.mark.parametrize(
@@ -76,25 +70,25 @@ def test_a_quote_in_a_tab_separated_field_is_part_of_the_text(tmp_path):
     ],
 )
 def test_a_bad_file_is_refused_with_its_place_and_reason(tmp_path, name, content, place, reason):
-    message = refusal(written(tmp_path, name, content))
+    message = source_refusal(written(tmp_path, name, content))
     assert place in message
     assert reason in message
 
 
 def test_a_missing_file_is_refused_with_the_nearest_name(tmp_path):
     written(tmp_path, "reviews.jsonl", "{}")
-    assert "reviews.jsonl" in refusal(str(tmp_path / "revews.jsonl"))
+    assert "reviews.jsonl" in source_refusal(str(tmp_path / "revews.jsonl"))
 
 
 def test_a_suffix_that_says_nothing_needs_the_format(tmp_path):
     path = written(tmp_path, "a.neg", "one")
-    assert "data.format" in refusal(path)
+    assert "data.format" in source_refusal(path)
     assert read_rows(path, format="text") == [{"text": "one"}]
 
 
 def test_rows_in_memory_are_numbered_from_one_when_refused():
-    assert "row 2" in refusal([{"x": 1}, "two"])
-    assert "no rows" in refusal([])
+    assert "row 2" in source_refusal([{"x": 1}, "two"])
+    assert "no rows" in source_refusal([])
 
 
 def test_a_datasets_object_gives_its_rows():
@@ -104,7 +98,7 @@ def test_a_datasets_object_gives_its_rows():
 
 
 def test_a_mapping_of_splits_is_refused_with_their_names():
-    assert "'train', 'test'" in refusal({"train": [], "test": []})
+    assert "'train', 'test'" in source_refusal({"train": [], "test": []})
 
 
 def test_a_name_that_is_no_file_is_loaded_from_the_hub_with_its_split(monkeypatch):
@@ -123,7 +117,7 @@ def test_a_hub_failure_is_refused_in_one_line(monkeypatch):
         raise ConnectionError("Couldn't reach the Hub\nwith details")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    message = refusal("org/name")
+    message = source_refusal("org/name")
     assert "org/name" in message
     assert "Couldn't reach the Hub" in message
     assert "\n" not in message

@@ -11,23 +11,15 @@ import pandas
 import pyarrow
 import pytest
 import torch
+from data.refusals import source_refusal
 from pyarrow import feather, parquet
 
-from hybrid.core import InputError
 from hybrid.data import read_rows
 from hybrid.data.read import splits_of
 
 ROWS = [{"x": "1", "n": 1}, {"x": "2", "n": 2}]
 LINES = '{"x": "1", "n": 1}\n{"x": "2", "n": 2}\n'
 TABLE = pyarrow.Table.from_pylist(ROWS)
-
-
-def refusal(source, **kwargs):
-    with pytest.raises(InputError) as info:
-        read_rows(source, **kwargs)
-    message = str(info.value)
-    assert "\n" not in message
-    return message
 
 
 class MapStyle:
@@ -116,7 +108,7 @@ def test_a_pattern_gives_its_files_by_name(tmp_path):
     for name in ("b.txt", "a.txt", "c.md"):
         (tmp_path / name).write_text(name)
     assert read_rows(str(tmp_path / "*.txt")) == [{"text": "a.txt"}, {"text": "b.txt"}]
-    assert "a.txt" in refusal(str(tmp_path / "a?.txt"))
+    assert "a.txt" in source_refusal(str(tmp_path / "a?.txt"))
 
 
 def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path):
@@ -139,12 +131,12 @@ def test_a_folder_of_files_of_one_format_is_their_rows(tmp_path):
 
 
 def test_a_folder_of_several_formats_or_none_is_refused(tmp_path):
-    assert "holds no data files" in refusal(tmp_path)
+    assert "holds no data files" in source_refusal(tmp_path)
     (tmp_path / "a.jsonl").write_text("{}")
     (tmp_path / "b.csv").write_text("x\n1")
-    assert "'a.jsonl', 'b.csv'" in refusal(tmp_path)
+    assert "'a.jsonl', 'b.csv'" in source_refusal(tmp_path)
     (tmp_path / "inner").mkdir()
-    assert "holds folders too ('inner')" in refusal(tmp_path)
+    assert "holds folders too ('inner')" in source_refusal(tmp_path)
 
 
 def test_a_saved_dict_of_splits_is_read_by_split(tmp_path):
@@ -155,8 +147,8 @@ def test_a_saved_dict_of_splits_is_read_by_split(tmp_path):
     folder = str(tmp_path / "d")
     assert read_rows(f"{folder}:test") == ROWS[:1]
     assert list(splits_of(folder)) == ["train", "test"]
-    assert f"{folder}:train" in refusal(folder)
-    assert "did you mean 'test'" in refusal(f"{folder}:tests")
+    assert f"{folder}:train" in source_refusal(folder)
+    assert "did you mean 'test'" in source_refusal(f"{folder}:tests")
 
 
 def test_a_folder_of_files_named_after_splits_is_read_by_split(tmp_path):
@@ -165,15 +157,15 @@ def test_a_folder_of_files_named_after_splits_is_read_by_split(tmp_path):
     (tmp_path / "test.jsonl").write_text('{"x": 3}')
     assert read_rows(f"{tmp_path}:train") == [{"x": 1}, {"x": 2}]
     assert read_rows(f"{tmp_path}:test") == [{"x": 3}]
-    assert "'test', 'train'" in refusal(tmp_path)
+    assert "'test', 'train'" in source_refusal(tmp_path)
     (tmp_path / "more.jsonl").write_text('{"x": 4}')
-    assert "more.jsonl" in refusal(tmp_path)
+    assert "more.jsonl" in source_refusal(tmp_path)
 
 
 def test_a_broken_list_of_splits_is_refused(tmp_path):
     for content in ("{", "[]", '{"splits": [1]}'):
         (tmp_path / "dataset_dict.json").write_text(content)
-        assert "names no splits" in refusal(tmp_path)
+        assert "names no splits" in source_refusal(tmp_path)
 
 
 def test_the_format_hf_leaves_a_folder_to_datasets(tmp_path, monkeypatch):
@@ -195,7 +187,7 @@ def test_the_format_hf_leaves_a_folder_to_datasets(tmp_path, monkeypatch):
 )
 def test_a_mapping_of_data_sets_has_splits(splits):
     assert list(splits_of(splits)) == list(splits)
-    assert repr(next(iter(splits))) in refusal(splits)
+    assert repr(next(iter(splits))) in source_refusal(splits)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +236,7 @@ def test_a_version_at_a_names_end_is_no_suffix(monkeypatch):
 def test_an_error_of_a_transform_is_told_as_what_it_is():
     given = datasets.Dataset.from_list(ROWS)
     given.set_transform(lambda batch: batch["missing"])
-    assert "raised KeyError after 0 rows" in refusal(given)
+    assert "raised KeyError after 0 rows" in source_refusal(given)
 
 
 def forever():
@@ -259,7 +251,7 @@ def broken():
 
 def test_an_iterable_without_an_end_is_refused(monkeypatch):
     monkeypatch.setattr("hybrid.data.read.MAX_ROWS", 100)
-    assert "more than 100 rows" in refusal(forever())
+    assert "more than 100 rows" in source_refusal(forever())
     assert len(read_rows([{"x": 1}] * 200)) == 200
 
 
@@ -295,7 +287,7 @@ FRAME = pandas.DataFrame([["a", "b"]])
     ids=str,
 )
 def test_what_is_no_data_is_refused_by_name(source, message):
-    assert message in refusal(source)
+    assert message in source_refusal(source)
 
 
 @pytest.mark.parametrize(
@@ -341,7 +333,7 @@ def test_what_is_no_data_is_refused_by_name(source, message):
 )
 def test_a_file_that_is_not_what_it_says_is_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    assert message in refusal(tmp_path / name)
+    assert message in source_refusal(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
@@ -371,7 +363,7 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(LINES)
     path.chmod(0)
-    assert "Permission denied" in refusal(path)
+    assert "Permission denied" in source_refusal(path)
 
 
 @pytest.mark.parametrize("bits", [16, 32])

@@ -4,21 +4,11 @@ import math
 
 import pytest
 import torch
+from largest import Largest
 from linear_case import IGNORE, INF, MODULE, NAMES, SINGLE, TIGHT, WANTS, Case
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hybrid.functional import entropy, linear_logprob, token_logprob
 from hybrid.functional.precision import rounded_operands
-
-
-@pytest.fixture
-def small_tiles(monkeypatch):
-    """Tiles of 2 rows and 3 columns, so that a few numbers already cross every edge; backward finds the logits of
-    one of them (of float64) kept in memory of its own, some in the weight's gradient, and computes the rest anew."""
-    monkeypatch.setattr(MODULE, "_VOCAB_SLICE", 3)
-    monkeypatch.setattr(MODULE, "_ROW_CHUNK", 2)
-    monkeypatch.setattr(MODULE, "_SPARE", 2 * 3 * 8)
 
 
 def log_softmax_loop(hidden, weight, bias, temperature):
@@ -349,19 +339,6 @@ def test_the_rounding_of_operands_ends_with_the_block():
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
         raise KeyError
     assert torch.backends.mkldnn.matmul.fp32_precision == before
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the size, in elements, of the largest storage that any operation returned."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
-        return out
 
 
 # 6 rows: the logits are larger than the largest weight, V * 5, and a tile is far smaller.

@@ -18,8 +18,7 @@ from kernel_case import (
     run_interpreted,
     weighted,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from largest import Largest
 
 pytest.importorskip("triton", reason="Triton is an extra: pip install 'hybrid-trainer[triton]'")
 
@@ -262,19 +261,6 @@ def test_float64_is_refused():
     case = LinearCase(vocab=9)
     with pytest.raises(ValueError, match="float64"):
         case.stats(weight=case.inputs["weight"].double())
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the size, in elements, of the largest storage that any operation returned."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
-        return out
 
 
 @kernel

@@ -16,12 +16,6 @@ pytestmark = pytest.mark.usefixtures("needs_peft")
 LORA = LoraConfig(rank=2, alpha=4)
 
 
-@pytest.fixture
-def tokens():
-    ids = torch.randint(3, 97, (2, 6), generator=torch.Generator().manual_seed(1))
-    return ids, torch.ones_like(ids, dtype=torch.bool)
-
-
 def stirred(policy):
     """The policy with adapters that do something: B is 0 when they are made."""
     generator = torch.Generator().manual_seed(2)

@@ -14,12 +14,6 @@ def policy():
     return Policy(tiny_model("gpt2")).eval()
 
 
-@pytest.fixture
-def tokens():
-    ids = torch.randint(3, 97, (2, 6), generator=torch.Generator().manual_seed(1))
-    return ids, torch.ones_like(ids, dtype=torch.bool)
-
-
 def test_every_value_is_zero_at_first(policy, tokens):
     assert (policy(*tokens).value == 0).all()
 

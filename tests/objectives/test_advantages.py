@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import tiny_model, tiny_policy
 
 from hybrid import HybridConfig, HybridTrainer, PPOConfig, SamplingConfig
 from hybrid.core import Encoded, InputError
@@ -23,9 +23,7 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}  # float32
 
 @pytest.fixture(scope="module")
 def policy():
-    policy = Policy(tiny_model("llama")).eval()
-    torch.nn.init.normal_(policy.value_head.linear.weight, std=0.1)
-    return policy
+    return tiny_policy()
 
 
 def rolled(policy, tokenizer, **sampling):

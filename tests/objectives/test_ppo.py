@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import tiny_model, tiny_policy
 
 from hybrid.core import Encoded
 from hybrid.functional import gae, masked_whiten
@@ -18,9 +18,7 @@ CLOSE = {"atol": 1e-6, "rtol": 1e-5}
 
 @pytest.fixture
 def policy():
-    policy = Policy(tiny_model("llama")).eval()
-    torch.nn.init.normal_(policy.value_head.linear.weight, std=0.1)
-    return policy
+    return tiny_policy()
 
 
 @pytest.fixture

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import tiny_examples, tiny_model
 from torch.utils._pytree import tree_leaves
 
-from hybrid.core import Encoded
 from hybrid.data import collate, pack
 from hybrid.models import Policy
 from hybrid.objectives import GradientConfig, SFTConfig, Term, over_updates, scaled_lr, sft_batch_loss, split, update
@@ -15,13 +14,6 @@ from hybrid.optim import make_optimizer
 @pytest.fixture
 def policy():
     return Policy(tiny_model("llama")).eval()
-
-
-def encoded(*lengths, seed=0):
-    """Examples of so many tokens, of which the first two are the prompt."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = [torch.randint(3, 97, (n,), generator=generator).tolist() for n in lengths]
-    return [Encoded(tuple(ids), (-100, -100, *ids[2:]), tuple(ids[:2]), "", "", {}) for ids in rows]
 
 
 def gradients(policy, microbatches, num_tokens):
@@ -34,7 +26,7 @@ def gradients(policy, microbatches, num_tokens):
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_accumulation_gives_the_gradient_of_the_whole_batch(policy, size):
     # Rows of very different lengths: a mean of means would be far off.
-    batch = collate(encoded(3, 12, 5, 9, 4), pad_id=0)
+    batch = collate(tiny_examples(3, 12, 5, 9, 4), pad_id=0)
     whole = gradients(policy, [batch], None)
     parts = gradients(policy, split(batch, size), batch.num_tokens)
     for name, gradient in whole.items():
@@ -42,15 +34,15 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(policy, size):
 
 
 def test_padding_on_the_right_changes_no_gradient(policy):
-    short = encoded(6)
+    short = tiny_examples(6)
     alone = gradients(policy, [collate(short, pad_id=0)], None)
-    beside = collate([*short, *encoded(14, seed=1)], pad_id=7)[0:1]
+    beside = collate([*short, *tiny_examples(14, seed=1)], pad_id=7)[0:1]
     for name, gradient in gradients(policy, [beside], None).items():
         torch.testing.assert_close(gradient, alone[name], atol=1e-6, rtol=1e-5)
 
 
 def test_packed_examples_give_the_gradient_of_separate_rows(policy):
-    examples = encoded(6, 4, 9, 3)
+    examples = tiny_examples(6, 4, 9, 3)
     rows = gradients(policy, [collate(examples, pad_id=0)], None)
     packed = gradients(policy, [pack(examples, max_length=16, pad_id=0)], None)
     for name, gradient in rows.items():
@@ -58,7 +50,7 @@ def test_packed_examples_give_the_gradient_of_separate_rows(policy):
 
 
 def test_changing_prompt_tokens_labels_or_padding_labels_changes_no_loss(policy):
-    examples = encoded(6, 4)
+    examples = tiny_examples(6, 4)
     batch = collate(examples, pad_id=0)
     other = collate(examples, pad_id=9)
     loss, _ = sft_batch_loss(policy, batch, SFTConfig())
@@ -70,7 +62,7 @@ def test_an_sft_step_leaves_the_value_head_bit_identical(policy):
     before = {name: x.clone() for name, x in policy.value_head.state_dict().items()}
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1, weight_decay=0.1)
     for _ in range(2):
-        batch = collate(encoded(6, 4), pad_id=0)
+        batch = collate(tiny_examples(6, 4), pad_id=0)
         update(policy, optimizer, [Term("sft", batch, lambda b: sft_batch_loss(policy, b, SFTConfig()))])
     assert all(torch.equal(x, before[name]) for name, x in policy.value_head.state_dict().items())
 
@@ -80,7 +72,7 @@ def linear_step(loss, *, lr_factor=1.0, max_grad_norm=1.0):
     module = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.ones_(module.weight)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
-    batch = collate(encoded(4), pad_id=0)
+    batch = collate(tiny_examples(4), pad_id=0)
     term = Term("sft", batch, lambda _: (loss(module.weight), {}), lr_factor=lr_factor)
     metrics = update(module, optimizer, [term], max_grad_norm=max_grad_norm)
     return module.weight.item(), metrics, optimizer
@@ -102,7 +94,7 @@ def test_the_phase_factor_scales_the_step_and_leaves_the_optimizer_as_it_was():
 def test_terms_add_up_by_their_coefficients_and_each_ones_loss_is_told():
     module = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.ones_(module.weight)
-    batch = collate(encoded(4), pad_id=0)
+    batch = collate(tiny_examples(4), pad_id=0)
     terms = [
         Term("one", batch, lambda _: (3 * module.weight.sum(), {}), coef=0.5),
         Term("two", batch, lambda _: (5 * module.weight.sum(), {}), coef=2.0),
@@ -125,7 +117,7 @@ def test_a_step_that_is_not_finite_leaves_weights_and_optimizer_as_they_were(los
     torch.manual_seed(0)
     module = torch.nn.Linear(80, 80)  # 6400 weights: large enough for 8-bit states
     optimizer = make_optimizer(module, name, 0.1)
-    batch = collate(encoded(4), pad_id=0)
+    batch = collate(tiny_examples(4), pad_id=0)
     step = lambda loss: update(module, optimizer, [Term("sft", batch, lambda _: (loss(module(torch.ones(80))), {}))])  # noqa: E731
     assert step(lambda x: x.square().mean())["skipped"] == 0.0
     before = [x.clone() for x in state_of(module, optimizer)]

@@ -2,26 +2,11 @@
 
 import pytest
 import torch
-from torch import nn
+from optim.rates import BASES, optimizer, rates
 
 from hybrid.optim import make_scheduler
 
-TOTAL, WARMUP, BASES = 40, 5, (2e-3, 8e-3)
-
-
-def optimizer():
-    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": base} for base in BASES]
-    return torch.optim.SGD(groups, lr=BASES[0])
-
-
-def rates(optimizer, scheduler, steps):
-    """(steps + 1) x groups: the rates from step 0 on."""
-    listed = [[group["lr"] for group in optimizer.param_groups]]
-    for _ in range(steps):
-        optimizer.step()
-        scheduler.step()
-        listed.append([group["lr"] for group in optimizer.param_groups])
-    return torch.tensor(listed, dtype=torch.float64)
+TOTAL, WARMUP = 40, 5
 
 
 @pytest.mark.parametrize(

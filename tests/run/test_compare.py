@@ -3,17 +3,13 @@
 import io
 import json
 import re
-from html.parser import HTMLParser
 
 import pytest
 from rich.console import Console
+from run.pages import Page, evaluation
 
 from hybrid.core import InputError
 from hybrid.run.compare import comparison_table, write_comparison
-
-
-def evaluation(step, **numbers):
-    return {"step": step, "phase": "eval", **numbers}
 
 
 def sample(index, prompt, response, step=9, **more):
@@ -36,38 +32,6 @@ def run(folder, *rows, samples=(), config="run:\n  seed: 1\n"):
 
 def compared(tmp_path, *folders):
     return write_comparison(folders, tmp_path / "page.html").read_text("utf-8")
-
-
-class Page(HTMLParser):
-    """The tags and attributes of a page, and the rows of its tables as texts."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.attributes, self.rows, self.best = [], [], [], []
-        self.open_cell = False
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag == "tr":
-            self.rows.append([])
-        elif tag in ("td", "th"):
-            self.rows[-1].append("")
-            self.open_cell = True
-            if ("class", "best") in attrs:
-                self.best.append((self.rows[-1][0], len(self.rows[-1]) - 1))
-
-    def handle_endtag(self, tag):
-        self.open_cell = self.open_cell and tag not in ("td", "th")
-
-    def handle_data(self, data):
-        if self.open_cell:
-            self.rows[-1][-1] = (self.rows[-1][-1] + " " + data).strip()
-
-    def row(self, first):
-        (row,) = (row for row in self.rows if row[0].startswith(first))
-        return row[1:]
 
 
 def test_last_evaluations_stand_side_by_side(tmp_path):

@@ -4,9 +4,9 @@ import json
 import math
 import random
 import re
-from html.parser import HTMLParser
 
 import pytest
+from run.pages import Page, evaluation
 
 from hybrid.core import InputError
 from hybrid.run import RunLog, summary, summary_table, write_report
@@ -72,10 +72,6 @@ def write_rows(folder, *rows, samples=()):
     return folder
 
 
-def evaluation(step, **numbers):
-    return {"step": step, "phase": "eval", **numbers}
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("runs") / "reviews-small")
@@ -84,19 +80,6 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def html(run):
     return write_report(run).read_text("utf-8")
-
-
-class Page(HTMLParser):
-    """The tags and attributes of a page, as a browser would see them."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.attributes = [], []
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
 
 
 def test_script_in_a_response_is_escaped(html):

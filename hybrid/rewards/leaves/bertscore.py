@@ -14,13 +14,14 @@ from hybrid.rewards.classify import max_tokens
 from hybrid.rewards.extras import require
 from hybrid.rewards.fit import count_longer
 from hybrid.rewards.models import ModelReward, existing_model, shared
+from hybrid.rewards.samples import Samples, rows_with_text
 
 __all__ = ["BERTScore"]
 
 
 @register_reward("bertscore")
 @dataclass
-class BERTScore(ModelReward):
+class BERTScore(ModelReward[Any]):
     """BERTScore F1 of the response against the target, by the library bert_score; up to 1.
 
         P = mean over the response's tokens of the best cosine with a token of the target;  R = the reverse
@@ -58,12 +59,11 @@ class BERTScore(ModelReward):
     def _load(self, device: torch.device) -> Any:
         return shared(_scorer, self.model, device, self.num_layers, self.rescale_with_baseline, self.baseline_path)
 
-    def _model_scores(
-        self, loaded: Any, responses: list[str], targets: list[str], prompts: list[str], items: list[Any]
-    ) -> Sequence[float]:
+    def _model_scores(self, loaded: Any, samples: Samples) -> Sequence[float]:
+        responses, targets = samples.responses, samples.targets
         # bert_score fails on empty texts; its word on them was 0.
         scores = torch.zeros(len(responses))
-        full = [i for i in range(len(responses)) if responses[i].strip() and targets[i].strip()]
+        full = rows_with_text(zip(responses, targets, strict=True))
         if self.rescale_with_baseline:
             baseline = loaded.baseline_vals[2]
             scores -= baseline / (1 - baseline)

@@ -4,13 +4,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from hybrid.rewards.base import register_reward
 from hybrid.rewards.classify import Classifier, probability
 from hybrid.rewards.leaves.classifier import HarmClassifier
+from hybrid.rewards.samples import Samples
 
 __all__ = ["Bias", "swapped"]
 
@@ -117,16 +118,10 @@ class Bias(HarmClassifier):
     label: str = "BIASED"
     method: Literal["classifier", "counterfactual"] = "classifier"
 
-    def _model_scores(
-        self,
-        loaded: tuple[Classifier, int],
-        responses: list[str],
-        targets: list[str],
-        prompts: list[str],
-        items: list[Any],
-    ) -> Sequence[float]:
+    def _model_scores(self, loaded: tuple[Classifier, int], samples: Samples) -> Sequence[float]:
         if self.method == "classifier":
-            return super()._model_scores(loaded, responses, targets, prompts, items)
+            return super()._model_scores(loaded, samples)
+        responses = samples.responses
         others = [swapped(response) for response in responses]
         answers = probability(loaded[0], [*responses, *(text for texts in others for text in texts)], loaded[1])
         scores, place = [], len(responses)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -10,13 +9,14 @@ from hybrid.core import InputError
 from hybrid.rewards.base import register_reward
 from hybrid.rewards.classify import Classifier, label_index, load_classifier, logits, probability
 from hybrid.rewards.models import ModelReward, shared
+from hybrid.rewards.samples import Samples
 
-__all__ = ["HarmClassifier", "TextClassifier", "one_label"]
+__all__ = ["HarmClassifier", "TextClassifier"]
 
 
 @register_reward("sentiment")
 @dataclass
-class TextClassifier(ModelReward):
+class TextClassifier(ModelReward[tuple[Classifier, int]]):
     """The probability of a sentiment, as a classifier sees it; 0 to 1.
 
         scale = true    the probability of `target`, over all labels of the model
@@ -36,20 +36,13 @@ class TextClassifier(ModelReward):
 
     def _load(self, device: torch.device) -> tuple[Classifier, int]:
         classifier = shared(load_classifier, self.model, device)
-        return classifier, one_label(classifier, self.target, "target")
+        return classifier, _one_label(classifier, self.target, "target")
 
-    def _model_scores(
-        self,
-        loaded: tuple[Classifier, int],
-        responses: list[str],
-        targets: list[str],
-        prompts: list[str],
-        items: list[Any],
-    ) -> Sequence[float]:
+    def _model_scores(self, loaded: tuple[Classifier, int], samples: Samples) -> Sequence[float]:
         classifier, index = loaded
         if self.scale:
-            return probability(classifier, responses, index).tolist()
-        answers = logits(classifier, responses)
+            return probability(classifier, samples.responses, index).tolist()
+        answers = logits(classifier, samples.responses)
         if answers.shape[1] == 1:
             return (answers[:, 0] >= 0).float().tolist()
         return (answers.argmax(-1) == index).float().tolist()
@@ -105,7 +98,7 @@ class Grammar(TextClassifier):
 
 @register_reward("hate")
 @dataclass
-class HarmClassifier(ModelReward):
+class HarmClassifier(ModelReward[tuple[Classifier, int]]):
     """How free a text is of hate, as a classifier sees it; 0 to 1.
 
         invert = true    1 - the probability of `label`, over all labels of the model
@@ -124,17 +117,10 @@ class HarmClassifier(ModelReward):
 
     def _load(self, device: torch.device) -> tuple[Classifier, int]:
         classifier = shared(load_classifier, self.model, device)
-        return classifier, one_label(classifier, self.label, "label")
+        return classifier, _one_label(classifier, self.label, "label")
 
-    def _model_scores(
-        self,
-        loaded: tuple[Classifier, int],
-        responses: list[str],
-        targets: list[str],
-        prompts: list[str],
-        items: list[Any],
-    ) -> Sequence[float]:
-        harm = probability(loaded[0], responses, loaded[1])
+    def _model_scores(self, loaded: tuple[Classifier, int], samples: Samples) -> Sequence[float]:
+        harm = probability(loaded[0], samples.responses, loaded[1])
         return (1 - harm if self.invert else harm).tolist()
 
 
@@ -150,7 +136,7 @@ class Offensive(HarmClassifier):
     label: str = "offensive"
 
 
-def one_label(classifier: Classifier, wanted: str, parameter: str) -> int:
+def _one_label(classifier: Classifier, wanted: str, parameter: str) -> int:
     """Where the label `wanted` stands. A model of one output that has no name for it, LABEL_0, has any label."""
     if classifier.labels == ["LABEL_0"]:
         return 0

@@ -11,6 +11,7 @@ from hybrid.rewards.base import register_reward
 from hybrid.rewards.classify import Classifier, label_index, load_classifier, nli_probabilities, nli_rows, probability
 from hybrid.rewards.leaves.coverage import STOPWORDS
 from hybrid.rewards.models import ModelReward, shared
+from hybrid.rewards.samples import Samples
 from hybrid.rewards.words import words
 
 __all__ = ["Domain"]
@@ -68,7 +69,7 @@ SUBJECTS = {"medical": "medicine", "legal": "law", "scientific": "science"}
 
 @register_reward("domain")
 @dataclass
-class Domain(ModelReward):
+class Domain(ModelReward[tuple[Classifier, int | None]]):
     """How far a text belongs to a field, by its words or a classifier; 0 to 1.
 
         lexicon      min(1, s / 0.2), s = share of the content words that are terms of the field; 0 without words
@@ -118,19 +119,12 @@ class Domain(ModelReward):
             return [_share_of_terms(response, lexicon) for response in responses]
         return super()._score(responses, targets, prompts, items)
 
-    def _model_scores(
-        self,
-        loaded: tuple[Classifier, int | None],
-        responses: list[str],
-        targets: list[str],
-        prompts: list[str],
-        items: list[Any],
-    ) -> Sequence[float]:
+    def _model_scores(self, loaded: tuple[Classifier, int | None], samples: Samples) -> Sequence[float]:
         classifier, index = loaded
         if index is not None:
-            return probability(classifier, responses, index).tolist()
+            return probability(classifier, samples.responses, index).tolist()
         statement = f"This text is about {SUBJECTS[self.name]}."
-        answers = nli_probabilities(classifier, [(response, statement) for response in responses])
+        answers = nli_probabilities(classifier, [(response, statement) for response in samples.responses])
         # From logits far apart both may be 0.
         return (answers[:, 0] / (answers[:, 0] + answers[:, 2]).clamp_min(1e-30)).tolist()
 

@@ -12,13 +12,14 @@ from hybrid.rewards.classify import label_index, load_classifier, probability
 from hybrid.rewards.embed import LONGEST, embeddings, load_embedder, nearness, texts_of
 from hybrid.rewards.extras import require
 from hybrid.rewards.models import ModelReward, existing_model, shared
+from hybrid.rewards.samples import Samples
 
 __all__ = ["CosineSTS", "Memory", "Style"]
 
 
 @register_reward("cosine_sts", "sts")
 @dataclass
-class CosineSTS(ModelReward):
+class CosineSTS(ModelReward[Any]):
     """Nearness in meaning of response and target by sentence embeddings, (1 + cosine) / 2; 0 to 1.
 
     0 where either is blank; see `nearness` for texts that the embedder cannot read. Like every score of an
@@ -38,15 +39,13 @@ class CosineSTS(ModelReward):
     def _load(self, device: torch.device) -> Any:
         return shared(load_embedder, self.model, device)
 
-    def _model_scores(
-        self, loaded: Any, responses: list[str], targets: list[str], prompts: list[str], items: list[Any]
-    ) -> Sequence[float]:
-        return nearness(loaded, responses, targets)
+    def _model_scores(self, loaded: Any, samples: Samples) -> Sequence[float]:
+        return nearness(loaded, samples.responses, samples.targets)
 
 
 @register_reward("memory")
 @dataclass
-class Memory(ModelReward):
+class Memory(ModelReward[Any]):
     """Nearness in meaning of the ends of response and target: the last `window` tokens of each; 0 to 1.
 
     Tokens are the embedder's own, special ones not counted. Otherwise as `cosine_sts`.
@@ -76,10 +75,9 @@ class Memory(ModelReward):
             raise InputError(f"window must be at most {longest}, what {self.embedder!r} reads, got {self.window}")
         return loaded
 
-    def _model_scores(
-        self, loaded: Any, responses: list[str], targets: list[str], prompts: list[str], items: list[Any]
-    ) -> Sequence[float]:
-        return nearness(loaded, self._ends(loaded.tokenizer, responses), self._ends(loaded.tokenizer, targets))
+    def _model_scores(self, loaded: Any, samples: Samples) -> Sequence[float]:
+        responses, targets = (self._ends(loaded.tokenizer, texts) for texts in (samples.responses, samples.targets))
+        return nearness(loaded, responses, targets)
 
     def _ends(self, tokenizer: Any, texts: list[str]) -> list[str]:
         """The part of each text from its `window`-th last token on."""
@@ -93,7 +91,7 @@ class Memory(ModelReward):
 
 @register_reward("style")
 @dataclass
-class Style(ModelReward):
+class Style(ModelReward[tuple[Any, torch.Tensor | int]]):
     """Closeness of the response to examples of the wanted style, or a style classifier's probability; 0 to 1.
 
         exemplars    mean or max over them of (1 + cosine) / 2 of the embeddings of response and exemplar
@@ -125,22 +123,20 @@ class Style(ModelReward):
         if not self._texts:
             raise InputError(f"exemplars must hold at least one text, got {self.exemplars!r}")
 
-    def _load(self, device: torch.device) -> Any:
+    def _load(self, device: torch.device) -> tuple[Any, torch.Tensor | int]:
         if self.classifier is None:
             loaded = shared(load_embedder, self.embedder, device)
             return loaded, embeddings(loaded, self._texts)
         classifier = shared(load_classifier, self.classifier, device)
         return classifier, label_index(classifier.labels, self.label or "", "label")
 
-    def _model_scores(
-        self, loaded: Any, responses: list[str], targets: list[str], prompts: list[str], items: list[Any]
-    ) -> Sequence[float]:
+    def _model_scores(self, loaded: tuple[Any, torch.Tensor | int], samples: Samples) -> Sequence[float]:
         model, wanted = loaded
-        if self.classifier is None:
-            near = (1 + embeddings(model, responses) @ wanted.T) / 2  # (B, exemplars)
-            scores = near.amax(1) if self.agg == "max" else near.mean(1)
+        if isinstance(wanted, int):
+            scores = probability(model, samples.responses, wanted)
         else:
-            scores = probability(model, responses, wanted)
+            near = (1 + embeddings(model, samples.responses) @ wanted.T) / 2  # (B, exemplars)
+            scores = near.amax(1) if self.agg == "max" else near.mean(1)
         # Rounding may leave [0, 1] by the last digit.
-        visible = torch.tensor([bool(text.strip()) for text in responses])
+        visible = torch.tensor([bool(text.strip()) for text in samples.responses])
         return (scores.clamp(0.0, 1.0) * visible).tolist()

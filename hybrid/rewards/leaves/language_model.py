@@ -15,6 +15,7 @@ from hybrid.fused import token_stats
 from hybrid.rewards.base import register_reward
 from hybrid.rewards.fit import count_cut
 from hybrid.rewards.models import ModelReward, pretrained, shared
+from hybrid.rewards.samples import Samples
 
 __all__ = ["Fluency", "GPTScore", "Perplexity"]
 
@@ -41,7 +42,7 @@ class Tokens(NamedTuple):
 
 
 @dataclass
-class LanguageModelReward(ModelReward):
+class LanguageModelReward(ModelReward[tuple[Any, Any]]):
     """What the rewards here share: the model, and the window that it is moved over a long text."""
 
     model: str = "gpt2"  # a causal language model: a hub name or a folder
@@ -56,23 +57,21 @@ class LanguageModelReward(ModelReward):
         if not 1 <= self.stride <= self.max_length:
             raise InputError(f"stride must be from 1 to max_length ({self.max_length}), got {self.stride}")
 
-    def _load(self, device: torch.device) -> Any:
+    def _load(self, device: torch.device) -> tuple[Any, Any]:
         return shared(_language_model, self.model, device)
 
-    def _model_scores(
-        self, loaded: Any, responses: list[str], targets: list[str], prompts: list[str], items: list[Any]
-    ) -> Sequence[float]:
+    def _model_scores(self, loaded: tuple[Any, Any], samples: Samples) -> Sequence[float]:
         tokenizer, model = loaded
-        losses = self._losses(model, self._tokens(tokenizer, responses, targets, prompts))
+        losses = self._losses(model, self._tokens(tokenizer, samples))
         worst = math.log(model.config.get_text_config().vocab_size)
         return [
             self._of_loss(worst, True) if loss is None or not response.strip() else self._of_loss(loss, False)
-            for loss, response in zip(losses, responses, strict=True)
+            for loss, response in zip(losses, samples.responses, strict=True)
         ]
 
-    def _tokens(self, tokenizer: Any, responses: list[str], targets: list[str], prompts: list[str]) -> list[Tokens]:
+    def _tokens(self, tokenizer: Any, samples: Samples) -> list[Tokens]:
         """The tokens of each sample, with those special ones that the tokenizer itself adds."""
-        return [Tokens(ids) for ids in tokenizer(responses, verbose=False).input_ids]
+        return [Tokens(ids) for ids in tokenizer(samples.responses, verbose=False).input_ids]
 
     def _of_loss(self, loss: float, empty: bool) -> float:
         raise NotImplementedError(f"{type(self).__name__} must implement _of_loss")
@@ -169,10 +168,10 @@ class GPTScore(LanguageModelReward):
             if name not in ("prompt", "target"):
                 raise InputError(f"rubric: {unknown_name('placeholder', name, ['prompt', 'target'])}")
 
-    def _tokens(self, tokenizer: Any, responses: list[str], targets: list[str], prompts: list[str]) -> list[Tokens]:
-        rubrics = [self._rubric(prompt=p, target=t) for p, t in zip(prompts, targets, strict=True)]
+    def _tokens(self, tokenizer: Any, samples: Samples) -> list[Tokens]:
+        rubrics = [self._rubric(prompt=p, target=t) for p, t in zip(samples.prompts, samples.targets, strict=True)]
         before = tokenizer(rubrics, verbose=False).input_ids
-        after = tokenizer(responses, add_special_tokens=False, verbose=False).input_ids
+        after = tokenizer(samples.responses, add_special_tokens=False, verbose=False).input_ids
         return [Tokens(b + a, start=len(b)) for b, a in zip(before, after, strict=True)]
 
     def _rubric(self, **texts: str) -> str:

@@ -2,7 +2,6 @@
 
 import math
 import subprocess
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -53,7 +52,7 @@ class LearnedMetric(Reward):
         if found.returncode:
             raise InputError(f"interpreter {self.interpreter!r} has no module {self.module!r}; {way_out}")
 
-    def _score(self, responses: list[str], targets: list[str], prompts: list[str], items: list[Any]) -> Sequence[float]:
+    def _score(self, responses: list[str], targets: list[str], prompts: list[str], items: list[Any]) -> Any:
         return self._call(responses, targets, prompts, [self.model] * len(responses))
 
 

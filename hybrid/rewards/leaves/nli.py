@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -10,6 +10,7 @@ from hybrid.core import InputError
 from hybrid.rewards.base import register_reward
 from hybrid.rewards.classify import Classifier, load_classifier, nli_probabilities, nli_rows
 from hybrid.rewards.models import ModelReward, shared
+from hybrid.rewards.samples import Samples, rows_with_text
 
 __all__ = ["TruthNLI"]
 
@@ -20,7 +21,7 @@ UNDECIDED = 0.5
 
 @register_reward("truth_nli", "truthfulness")
 @dataclass
-class TruthNLI(ModelReward):
+class TruthNLI(ModelReward[Classifier]):
     """Whether the target (premise) entails the response (hypothesis), by a model of inference.
 
         p_e_minus_p_c           p(entailment) - p(contradiction)     -1 to 1
@@ -51,19 +52,18 @@ class TruthNLI(ModelReward):
             )
         return classifier
 
-    def _model_scores(
-        self, loaded: Classifier, responses: list[str], targets: list[str], prompts: list[str], items: list[Any]
-    ) -> Sequence[float]:
-        scores = [UNDECIDED] * len(responses)
-        judged = [i for i in range(len(responses)) if responses[i].strip() and targets[i].strip()]
-        pairs = [(targets[i], responses[i]) for i in judged]
-        entailment, neutral, contradiction = nli_probabilities(loaded, pairs, self.labels).unbind(-1)
+    def _model_scores(self, loaded: Classifier, samples: Samples) -> Sequence[float]:
+        pairs = list(zip(samples.targets, samples.responses, strict=True))
+        judged = rows_with_text(pairs)
+        answers = nli_probabilities(loaded, [pairs[i] for i in judged], self.labels)
+        entailment, neutral, contradiction = answers.unbind(-1)
         if self.aggregation == "p_e_minus_p_c":
             values = entailment - contradiction
         elif self.aggregation == "p_e_plus_half_neutral":
             values = entailment + neutral / 2
         else:
             values = entailment
+        scores = [UNDECIDED] * len(pairs)
         for i, value in zip(judged, values.tolist(), strict=True):
             scores[i] = value
         return scores

@@ -191,7 +191,7 @@ def _unlike(rows: list[list[str]], n: int) -> list[float]:
     BLEU credits an n-gram as often as the one reference has it that has it most often. Of each n-gram the two
     highest counts in the batch are kept, so that what the others have is known without looking at them again.
     """
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
     if len(rows) < 2:
         return [1.0] * len(rows)

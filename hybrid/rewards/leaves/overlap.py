@@ -50,15 +50,14 @@ class Bleu(Reward):
 
     @cached_property
     def _metric(self) -> Any:
-        from sacrebleu.metrics import BLEU
+        from sacrebleu.metrics.bleu import BLEU
 
         return BLEU(
             smooth_method=self.smooth_method, lowercase=self.lowercase, tokenize=self.tokenize, effective_order=True
         )
 
     def _score_one(self, response: str, target: str, prompt: str, item: Any) -> float:
-        # Equal texts give 100.00000000000004.
-        return min(1.0, self._metric.sentence_score(response, [target]).score / 100)
+        return _of_sacrebleu(self._metric, response, target)
 
 
 @register_reward("chrf")
@@ -86,12 +85,12 @@ class Chrf(Reward):
 
     @cached_property
     def _metric(self) -> Any:
-        from sacrebleu.metrics import CHRF
+        from sacrebleu.metrics.chrf import CHRF
 
         return CHRF(self.char_order, self.word_order, self.beta, self.lowercase, self.whitespace)
 
     def _score_one(self, response: str, target: str, prompt: str, item: Any) -> float:
-        return min(1.0, self._metric.sentence_score(response, [target]).score / 100)
+        return _of_sacrebleu(self._metric, response, target)
 
 
 @register_reward("ter")
@@ -121,7 +120,7 @@ class Ter(Reward):
 
     @cached_property
     def _metric(self) -> Any:
-        from sacrebleu.metrics import TER
+        from sacrebleu.metrics.ter import TER
 
         return TER(self.normalized, self.no_punct, self.asian_support, self.case_sensitive)
 
@@ -132,7 +131,7 @@ class Ter(Reward):
         if max(len(ours), len(theirs)) > LONGEST_SHIFTED:
             rate = Levenshtein.distance(*_numbered(ours, theirs)) / max(len(theirs), 1)
         else:
-            rate = self._metric.sentence_score(response, [target]).score / 100
+            rate = _of_sacrebleu(self._metric, response, target)
         return 1 - min(1.0, rate)
 
 
@@ -173,7 +172,7 @@ class RougeL(Reward):
         return 2 * precision * recall / (precision + recall)
 
     def _words(self, text: str) -> list[str]:
-        words = _word_pattern().findall(text.lower() if self.lowercase else text)
+        words: list[str] = _word_pattern().findall(text.lower() if self.lowercase else text)
         if not self.use_stemmer:
             return words
         stem = _stemmer().stem
@@ -214,9 +213,16 @@ class Meteor(Reward):
         from nltk.translate.meteor_score import single_meteor_score
 
         split = str.split if self.tokenize == "whitespace" else wordpunct_tokenize
-        return single_meteor_score(
+        score: float = single_meteor_score(
             split(target), split(response), wordnet=_wordnet(), alpha=self.alpha, beta=self.beta, gamma=self.gamma
         )
+        return score
+
+
+def _of_sacrebleu(metric: Any, response: str, target: str) -> float:
+    """The score of one of sacrebleu's metrics, / 100; at most 1, as equal texts give 100.00000000000004."""
+    score: float = metric.sentence_score(response, [target]).score
+    return min(1.0, score / 100)
 
 
 def _numbered(*texts: Iterable[str]) -> list[list[int]]:
@@ -275,7 +281,7 @@ def _wordnet() -> Any:
 
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
 
-    class Reader(WordNetCorpusReader):
+    class Reader(WordNetCorpusReader):  # type: ignore[misc] # nltk has no types
         """English alone, as METEOR wants it: so it reads Debian's WordNet too, which lacks two of nltk's files."""
 
         def map_wn(self, version: str = "wordnet") -> None:

@@ -98,7 +98,7 @@ class PythonFunction(Reward):
                 self.component_name, len(targets), what, hint,
             )  # fmt: skip
 
-    def _score(self, responses: list[str], targets: list[Any], prompts: list[str], items: list[Any]) -> Sequence[Any]:
+    def _score(self, responses: list[str], targets: list[Any], prompts: list[str], items: list[Any]) -> Any:
         if self._is_async:
             lists = (responses, targets, prompts, items)
             samples = [lists] if self.needs_batch else list(zip(*lists, strict=True))
@@ -112,7 +112,7 @@ class PythonFunction(Reward):
         score = self._call if self.needs_batch else super()._score
         return score(responses, targets, prompts, items)
 
-    def _score_one(self, response: str, target: Any, prompt: str, item: Any) -> float:
+    def _score_one(self, response: str, target: Any, prompt: str, item: Any) -> Any:
         return self._call(response, target, prompt, item)
 
 

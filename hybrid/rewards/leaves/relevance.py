@@ -12,13 +12,14 @@ from hybrid.rewards.classify import Classifier, fitted_to, load_classifier, logi
 from hybrid.rewards.embed import load_embedder, nearness, packaged
 from hybrid.rewards.extras import require
 from hybrid.rewards.models import ModelReward, shared
+from hybrid.rewards.samples import Samples, rows_with_text
 
 __all__ = ["QARelevance", "TopicConsistency"]
 
 
 @register_reward("qa_relevance")
 @dataclass
-class QARelevance(ModelReward):
+class QARelevance(ModelReward[Any]):
     """Relevance of the response to the prompt, from a cross-encoder or from embeddings; 0 to 1.
 
         cross_encoder   sigmoid of the logit of (prompt, response); of two outputs, the second's probability
@@ -53,13 +54,11 @@ class QARelevance(ModelReward):
             )
         return loaded
 
-    def _model_scores(
-        self, loaded: Any, responses: list[str], targets: list[str], prompts: list[str], items: list[Any]
-    ) -> Sequence[float]:
+    def _model_scores(self, loaded: Any, samples: Samples) -> Sequence[float]:
         if not isinstance(loaded, Classifier):
-            return nearness(loaded, prompts, responses)
-        pairs = fitted_to(loaded, list(zip(prompts, responses, strict=True)), lambda *pair: pair)
-        rows = [i for i, pair in enumerate(pairs) if all(text.strip() for text in pair)]
+            return nearness(loaded, samples.prompts, samples.responses)
+        pairs = fitted_to(loaded, list(zip(samples.prompts, samples.responses, strict=True)), lambda *pair: pair)
+        rows = rows_with_text(pairs)
         answers = logits(loaded, [pairs[i] for i in rows]).double()  # (rows, 1 or 2)
         relevant = answers.sigmoid()[:, 0] if len(loaded.labels) == 1 else answers.softmax(-1)[:, 1]
         found = dict(zip(rows, relevant.tolist(), strict=True))

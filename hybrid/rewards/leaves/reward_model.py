@@ -12,13 +12,14 @@ from hybrid.core import InputError
 from hybrid.rewards.base import register_reward
 from hybrid.rewards.classify import Classifier, fitted_to, label_index, load_classifier, logits
 from hybrid.rewards.models import ModelReward, existing_model, shared
+from hybrid.rewards.samples import Samples
 
 __all__ = ["RewardModel"]
 
 
 @register_reward("reward_model")
 @dataclass
-class RewardModel(ModelReward):
+class RewardModel(ModelReward[tuple[Classifier, str, int]]):
     """The raw score of a preference model for prompt and response; any number.
 
     path: a checkpoint for sequence classification, a folder or of the hub. Of one output the score is that; of
@@ -53,14 +54,7 @@ class RewardModel(ModelReward):
         index = 0 if self.label is None else label_index(labels, self.label, "label")
         return classifier, auto if self.input == "auto" else self.input, index
 
-    def _model_scores(
-        self,
-        loaded: tuple[Classifier, str, int],
-        responses: list[str],
-        targets: list[str],
-        prompts: list[str],
-        items: list[Any],
-    ) -> Sequence[float]:
+    def _model_scores(self, loaded: tuple[Classifier, str, int], samples: Samples) -> Sequence[float]:
         classifier, form, index = loaded
         puts: dict[str, Callable[[str, str], str | tuple[str, str]]] = {
             "chat": partial(_chat, classifier.tokenizer),
@@ -69,9 +63,8 @@ class RewardModel(ModelReward):
         }
         put = puts[form]
         special_tokens = form != "chat"
-        samples = list(zip(prompts, responses, strict=True))
-        samples = fitted_to(classifier, samples, put, special_tokens=special_tokens)
-        texts = [put(*sample) for sample in samples]
+        pairs = list(zip(samples.prompts, samples.responses, strict=True))
+        texts = [put(*pair) for pair in fitted_to(classifier, pairs, put, special_tokens=special_tokens)]
         scores = torch.zeros(len(texts))
         # Texts and pairs of texts cannot share a batch.
         for kind in (str, tuple):
@@ -87,4 +80,5 @@ def _pair(prompt: str, response: str) -> str | tuple[str, str]:
 
 def _chat(tokenizer: Any, prompt: str, response: str) -> str:
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    return tokenizer.apply_chat_template(turns, tokenize=False)
+    text: str = tokenizer.apply_chat_template(turns, tokenize=False)
+    return text

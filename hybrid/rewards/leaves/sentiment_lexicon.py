@@ -32,7 +32,7 @@ class SentimentLexicon(Reward):
 
     def _score_one(self, response: str, target: str, prompt: str, item: Any) -> float:
         text = response if self.field == "response" else f"{prompt} {response}"
-        return _analyzer().polarity_scores(_shortened(text))["compound"]
+        return float(_analyzer().polarity_scores(_shortened(text))["compound"])
 
 
 def _shortened(text: str) -> str:

@@ -4,7 +4,6 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from hybrid.rewards.base import register_reward
 from hybrid.rewards.classify import Classifier, label_index, logits
 from hybrid.rewards.extras import require
 from hybrid.rewards.models import ModelReward, shared
+from hybrid.rewards.samples import Samples
 
 __all__ = ["Toxicity"]
 
@@ -24,7 +24,7 @@ RENAMED = {"toxic": "toxicity", "severe_toxic": "severe_toxicity", "identity_hat
 
 @register_reward("toxicity", "detoxify")
 @dataclass
-class Toxicity(ModelReward):
+class Toxicity(ModelReward[tuple[Classifier, int]]):
     """How free a text is of toxicity, by a model of detoxify; 0 to 1.
 
         invert = true    1 - the probability of "toxicity"
@@ -52,17 +52,10 @@ class Toxicity(ModelReward):
         classifier = shared(load, self.model, device)
         return classifier, label_index(classifier.labels, "toxicity", "model")
 
-    def _model_scores(
-        self,
-        loaded: tuple[Classifier, int],
-        responses: list[str],
-        targets: list[str],
-        prompts: list[str],
-        items: list[Any],
-    ) -> Sequence[float]:
+    def _model_scores(self, loaded: tuple[Classifier, int], samples: Samples) -> Sequence[float]:
         classifier, index = loaded
         # The labels may hold together: each has its own sigmoid.
-        toxicity = logits(classifier, responses)[:, index].sigmoid()
+        toxicity = logits(classifier, samples.responses)[:, index].sigmoid()
         return (1 - toxicity if self.invert else toxicity).tolist()
 
 

@@ -8,17 +8,19 @@ import torch
 
 from hybrid.core import InputError
 from hybrid.rewards.base import register_reward
+from hybrid.rewards.classify import Classifier
 from hybrid.rewards.embed import embeddings, load_embedder, texts_of
 from hybrid.rewards.extras import require
 from hybrid.rewards.leaves.nli import UNDECIDED, Aggregation, TruthNLI
 from hybrid.rewards.models import ModelReward, existing_model, shared
+from hybrid.rewards.samples import Samples
 
 __all__ = ["TruthRAG"]
 
 
 @register_reward("truth_rag")
 @dataclass
-class TruthRAG(ModelReward):
+class TruthRAG(ModelReward[tuple[Classifier, Any, torch.Tensor]]):
     """Whether evidence entails the response: a corpus's nearest passages, and the target; -1 to 1.
 
     The evidence is the `top_k` passages nearest to the response by sentence embeddings, and the target unless
@@ -47,25 +49,22 @@ class TruthRAG(ModelReward):
         self._passages = list(dict.fromkeys(texts_of(self.corpus, "corpus")))
         self.needs_target = not self._passages
 
-    def _load(self, device: torch.device) -> Any:
+    def _load(self, device: torch.device) -> tuple[Classifier, Any, torch.Tensor]:
         judge = self._judge._load(device)
         # Nothing is nearest in an empty corpus.
         embedder = shared(load_embedder, self.embedder, device) if self._passages else None
         return judge, embedder, embeddings(embedder, self._passages).float()
 
-    def _model_scores(
-        self, loaded: Any, responses: list[str], targets: list[str], prompts: list[str], items: list[Any]
-    ) -> Sequence[float]:
+    def _model_scores(self, loaded: tuple[Classifier, Any, torch.Tensor], samples: Samples) -> Sequence[float]:
         judge, embedder, vectors = loaded
-        nearest = self._nearest(embedder, vectors, responses)
+        nearest = self._nearest(embedder, vectors, samples.responses)
         evidence = [
             list(dict.fromkeys([*passages, *([target] if target.strip() else [])]))
-            for passages, target in zip(nearest, targets, strict=True)
+            for passages, target in zip(nearest, samples.targets, strict=True)
         ]
         premises = [passage for passages in evidence for passage in passages]
-        claims = [response for response, passages in zip(responses, evidence, strict=True) for _ in passages]
-        blank = [""] * len(claims)
-        truths = iter(self._judge._model_scores(judge, claims, premises, blank, blank))
+        claims = [response for response, passages in zip(samples.responses, evidence, strict=True) for _ in passages]
+        truths = iter(self._judge._model_scores(judge, Samples(claims, premises)))
         found = [[next(truths) for _ in passages] for passages in evidence]
         if self.agg == "max":
             return [max(scores, default=UNDECIDED) for scores in found]
