@@ -2,7 +2,7 @@
 
 from hybrid.models.adapt import LoraConfig, add_lora, check_base, is_adapted, require, under_adapter
 from hybrid.models.backbone import Backbone, context_length
-from hybrid.models.contract import check_packing
+from hybrid.models.contract import check_packing, takes_fixed_cache
 from hybrid.models.heads import ValueHead
 from hybrid.models.policy import VALUE_HEAD_FILE, Policy, PolicyOutput, before_response, response_stats
 from hybrid.models.recompute import recompute_activations
@@ -25,5 +25,6 @@ __all__ = [
     "recompute_activations",
     "require",
     "response_stats",
+    "takes_fixed_cache",
     "under_adapter",
 ]

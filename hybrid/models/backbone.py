@@ -19,6 +19,9 @@ __all__ = ["Backbone", "context_length"]
 # that, and of state-space models.
 CACHES = ("cache", "past_key_values", "cache_params")
 
+# bfloat16 @ bfloat16 -> float32: torch >= 2.8 on CUDA; ROCm builds raise.
+_WIDENS = hasattr(torch.ops.aten.mm, "dtype_out") and torch.version.hip is None
+
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")  # Gemma's name, RecurrentGemma's
 
 
@@ -148,20 +151,31 @@ class Backbone(nn.Module):
         self._fitted = id(tokenizer), len(tokenizer)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V) float32, soft-capped: for a few positions, never for a whole batch."""
+        """(B, D) -> (B, V) float32, soft-capped: for a few positions, never for a whole batch."""
         bias = None if self.head_bias is None else self.head_bias.float()
         # As the log-probs are later computed, so that what is drawn from is what is trained.
         operands = autocast_dtype(hidden.device)
         with torch.autocast(hidden.device.type, enabled=False), rounded_operands(operands):
-            return soft_capped(nn.functional.linear(hidden.float(), self.head_weight.float(), bias), self.softcap)
+            if operands is not None and hidden.is_cuda and _WIDENS:
+                short, weight = hidden.to(operands), self.head_weight.to(operands)
+                z = torch.mm(short, weight.T, out_dtype=torch.float32)
+                z = z if bias is None else z.add_(bias)
+            else:
+                z = nn.functional.linear(hidden.float(), self.head_weight.float(), bias)
+            return soft_capped(z, self.softcap)
 
-    def next_logits(self, input_ids: Tensor, attention_mask: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+    def next_logits(
+        self, input_ids: Tensor, attention_mask: Tensor, cache: Any = None, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
         """Logits (B, V) float32 after the last token, and the cache for the next call.
 
-        input_ids: (B, n), the tokens that the cache has not seen.   attention_mask: (B, seen + n).
+        input_ids: (B, n), the tokens that the cache has not seen.   attention_mask: (B, seen + n); of a cache of fixed
+        shape (B, room), true on what is not written yet.   position_ids: (B, n), None: counted over the mask.
         """
         num_new = input_ids.shape[1]
-        mask, position_ids = attention_mask.long(), positions(attention_mask)[:, -num_new:]
+        mask = attention_mask.long()
+        if position_ids is None:
+            position_ids = positions(attention_mask)[:, -num_new:]
         assert self._cache is not None
         if self._is_recurrent:
             # A state has no columns to mask: of the new tokens alone it is asked which are padding.

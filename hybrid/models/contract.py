@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from hybrid.core import InputError, first_line, is_out_of_memory
-from hybrid.functional import soft_capped
+from hybrid.functional import autocast_dtype, soft_capped
 
 if TYPE_CHECKING:
     from hybrid.models.backbone import Backbone
 
-__all__ = ["check_contract", "check_packing", "logit_scale", "refusing", "windows"]
+__all__ = ["check_contract", "check_packing", "logit_scale", "refusing", "takes_fixed_cache", "windows"]
 
 NUM_TOKENS, NUM_PADDING, NUM_STEPS = 7, 3, 2
 # As transformers' configs call the number of tokens that a layer looks back.
@@ -136,6 +136,40 @@ def check_packing(backbone: "Backbone", max_length: int) -> None:
     if not kept_apart:
         name = type(backbone.model).__name__
         raise InputError(f"{name} cannot keep packed examples apart; set sft.packing to false")
+
+
+def takes_fixed_cache(backbone: "Backbone") -> bool:
+    """Whether steps with a cache of fixed shape (`fixed_cache`) give what steps with a growing one give.
+
+    Tried behind padding and without any, which are two paths in transformers, and where the model has a window on more
+    tokens than that, up to 1024.
+    """
+    try:
+        with refusing(backbone.model):
+            return all(_same_with_fixed_cache(backbone, padding) for padding in (NUM_PADDING, 0))
+    except InputError:  # a model that wants another kind of cache
+        return False
+
+
+def _same_with_fixed_cache(backbone: "Backbone", padding: int) -> bool:
+    from hybrid.models.cache import fixed_cache  # here: it loads transformers
+
+    seen = min(max([NUM_TOKENS, *(window + 2 for window in windows(backbone.model.config))]), 1024)
+    ids = _tokens(backbone, seen)
+    mask = torch.ones(1, seen + NUM_STEPS, dtype=torch.bool, device=backbone.device)
+    mask[:, :padding] = False
+    _, growing = backbone.next_logits(ids, mask[:, :seen])
+    fixed = fixed_cache(growing, seen, seen + NUM_STEPS)
+    if fixed is None:
+        return False
+    new, dtype = ids[:, -1:], autocast_dtype(backbone.device) or backbone.head_weight.dtype
+    for step in range(NUM_STEPS):
+        places = torch.full_like(new, seen - padding + step)
+        wanted, growing = backbone.next_logits(new, mask[:, : seen + step + 1], growing, places)
+        logits, _ = backbone.next_logits(new, mask, fixed, places)
+        if not _same(logits, wanted, dtype):
+            return False
+    return True
 
 
 def windows(config: Any) -> list[int]:

@@ -3,7 +3,8 @@
 from hybrid.rollout.collect import CollectOptions, ScoreConfig, assemble, collect, respond, response_texts
 from hybrid.rollout.kl import KLConfig, KLKind, kl_controller
 from hybrid.rollout.lists import Ids, from_lists
-from hybrid.rollout.sample import Responses, SamplingConfig, sample
+from hybrid.rollout.sample import Responses, sample
+from hybrid.rollout.sampling import SamplingConfig
 
 __all__ = [
     "CollectOptions",

@@ -15,7 +15,8 @@ from hybrid.models import Backbone, Policy, Reference, before_response, response
 from hybrid.rewards import AllSkipped, Reward, RewardOutput
 from hybrid.rollout.gap import check_sampling_gap
 from hybrid.rollout.kl import KLKind
-from hybrid.rollout.sample import Responses, SamplingConfig, sample
+from hybrid.rollout.sample import Responses, sample
+from hybrid.rollout.sampling import SamplingConfig
 from hybrid.rollout.stop import before_stop, stop_rule
 
 __all__ = ["CollectOptions", "ScoreConfig", "assemble", "collect", "respond", "response_texts", "shaped_score"]

@@ -5,7 +5,7 @@ import torch
 from hybrid.core import Rollout, RunStopped
 from hybrid.functional import masked_mean
 from hybrid.models import Policy
-from hybrid.rollout.sample import SamplingConfig
+from hybrid.rollout.sampling import SamplingConfig
 
 __all__ = ["check_sampling_gap"]
 

@@ -2,63 +2,20 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hybrid.core import InputError, RunStopped
+from hybrid.core import RunStopped
 from hybrid.models import Backbone
+from hybrid.rollout.decode import Decoding, EagerSteps, Ends, FixedSteps, Graphs
+from hybrid.rollout.sampling import SamplingConfig
 
-__all__ = ["Responses", "SamplingConfig", "sample"]
+__all__ = ["Responses", "sample"]
 
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How responses are drawn.
-
-    PPO's ratios use the softmax at `temperature` over the whole vocabulary. top_k, top_p and min_new_tokens draw
-    from less than that, so with them the ratio is no longer that of the sampled distribution: they are off by
-    default. `PPOConfig.importance` corrects for them.
-    """
-
-    max_new_tokens: int = 32
-    min_new_tokens: int = 0  # EOS cannot be drawn before the response has this many tokens
-    temperature: float = 1.0  # 0: the likeliest token (for generate; PPO needs > 0)
-    top_k: int = 0  # draw from the k likeliest tokens; 0: all
-    top_p: float = 1.0  # draw from the smallest set of tokens with this much probability; 1: all
-    stop: tuple[str, ...] = ()  # texts that end a response, as EOS does; rewards read what stands before them
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"SamplingConfig.max_new_tokens must be >= 1, got {self.max_new_tokens}")
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            raise ValueError(
-                f"SamplingConfig.min_new_tokens must lie in [0, max_new_tokens = {self.max_new_tokens}], "
-                f"got {self.min_new_tokens}"
-            )
-        if not self.temperature >= 0:
-            raise ValueError(f"SamplingConfig.temperature must be >= 0, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"SamplingConfig.top_k must be >= 0, got {self.top_k}")
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
-            raise ValueError(f"SamplingConfig.stop must be a list of texts that are not empty, got {self.stop!r}")
-        object.__setattr__(self, "stop", tuple(self.stop))
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"SamplingConfig.top_p must lie in (0, 1], got {self.top_p}")
-
-    @property
-    def is_truncated(self) -> bool:
-        """Whether less than the whole distribution is drawn from."""
-        return bool(self.top_k or self.top_p < 1 or self.min_new_tokens)
-
-    def check_room(self, num_tokens: int, context: int | None, *, prompt: str = "") -> None:
-        """Raise InputError where a prompt of so many tokens leaves no room to answer in the model's context."""
-        if context is not None and num_tokens + self.max_new_tokens > context:
-            raise InputError(
-                f"a prompt of {num_tokens} tokens leaves no room for sampling.max_new_tokens = {self.max_new_tokens} "
-                f"in the model's context of {context}; lower max_new_tokens or data.max_length"
-                + (f". The prompt: {prompt[:60]!r}" if prompt else "")
-            )
+# Tokens between two looks at whether any row still goes on: on a GPU a look waits for all that was asked of it.
+LOOK_EVERY = 8
 
 
 @dataclass(frozen=True)
@@ -89,65 +46,78 @@ def sample(
     *,
     eos_ids: Sequence[int],
     pad_id: int = 0,
+    repeats: int = 1,
     generator: torch.Generator | None = None,
     is_over: Callable[[Sequence[int]], bool] | None = None,
+    graphs: Graphs | None = None,
 ) -> Responses:
-    """Draw one response for each prompt.
+    """Draw `repeats` responses for each prompt, which stand together; the prompt is read once.
 
     prompt_ids, prompt_mask: (B, P), left-padded.   eos_ids: any of these ends a response.
     pad_id: what fills the rows that have ended; it may be a real token or EOS itself, for the mask is kept
         by what happened, never by comparing ids with it.
-    generator: on the backbone's device; None draws from torch's global one.
+    generator: on the backbone's device; None draws from torch's global one. As many numbers are taken from it as the
+        responses can need, however soon they end.
     is_over: whether a response ends with the last of its ids so far (`stop_rule`), beside those that EOS ends.
+    graphs: decode by steps of fixed shape, which it keeps; None: by a cache that grows. The same numbers to rounding.
     The caller switches dropout off (`policy.eval()`).
     Raises RunStopped where the logits are not finite.
     """
-    eos = torch.tensor(sorted(set(eos_ids)), device=prompt_ids.device)
-    mask, cache, new = prompt_mask.bool(), None, prompt_ids
-    running = torch.ones(len(prompt_ids), dtype=torch.bool, device=prompt_ids.device)
-    ids: list[Tensor] = []
-    masks: list[Tensor] = []
-    logprobs: list[Tensor] = []
-    for position in range(config.max_new_tokens):
-        logits, cache = backbone.next_logits(new, mask, cache)
-        # The maximum is NaN where a logit is.
-        if not logits.amax(-1).isfinite().all():
-            raise RunStopped(
-                f"the policy's logits are not finite at token {position + 1} of its responses: its weights have "
-                "diverged. Lower optimizer.lr"
-            )
-        if position < config.min_new_tokens:
-            logits[:, eos] = -torch.inf
-        token, logprob = _draw(logits, config, generator)
-        ids.append(torch.where(running, token, pad_id))
-        masks.append(running)
-        logprobs.append(torch.where(running, logprob, 0.0))
-        running = running & ~torch.isin(token, eos)
+    ends = Ends(eos_ids, pad_id)
+    num_rows, seen = len(prompt_ids) * repeats, prompt_ids.shape[1]
+    logits, cache = backbone.next_logits(prompt_ids, prompt_mask.bool())
+    logits = logits.repeat_interleave(repeats, 0)
+    steps: EagerSteps | FixedSteps | None = None
+    if graphs is not None:
+        steps = graphs.steps(backbone, config, cache, seen, repeats, num_rows, ends)
+    if steps is None:
+        cache = _for_rows(backbone, prompt_ids, prompt_mask, cache, seen + config.max_new_tokens, repeats)
+        state = Decoding(config, ends, num_rows, seen + config.max_new_tokens, prompt_ids.device)
+        steps = EagerSteps(backbone, state, cache, seen)
+    state = steps.state
+    state.begin(prompt_mask.repeat_interleave(repeats, 0), generator)
+    state.take(logits)
+    every = LOOK_EVERY if prompt_ids.is_cuda and is_over is None else 1
+    for count in range(1, config.max_new_tokens + 1):
         if is_over is not None:
-            so_far = torch.stack(ids, 1).tolist()
-            over = [going and is_over(row) for going, row in zip(running.tolist(), so_far, strict=True)]
-            running = running & ~torch.tensor(over, device=running.device)
-        if not running.any():
+            _end(state, count, is_over)
+        if count == config.max_new_tokens or (count % every == 0 and not _goes_on(state)):
             break
-        # A row that has ended goes on as attended padding: nothing reads what it computes.
-        new = ids[-1].unsqueeze(1)
-        mask = torch.cat([mask, torch.ones_like(new, dtype=torch.bool)], 1)
-    return Responses(torch.stack(ids, 1), torch.stack(masks, 1), ~running, torch.stack(logprobs, 1))
+        steps()
+    _check_finite(state)
+    length = int(state.taken.sum(1).max())
+    # Copies: steps that are kept write the next responses there.
+    ids, mask, logprob = (x[:, :length].clone() for x in (state.ids, state.taken, state.logprob))
+    return Responses(ids, mask, ~state.running, logprob)
 
 
-def _draw(logits: Tensor, config: SamplingConfig, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """One token a row and its log-prob, (B, V) -> (B,) each; a greedy token is certain, its log-prob 0."""
-    if config.temperature == 0:
-        return logits.argmax(-1), logits.new_zeros(len(logits))
-    logits = logits / config.temperature
-    if 0 < config.top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(config.top_k).values[:, -1:], -torch.inf)
-    if config.top_p < 1:
-        ordered, index = logits.sort(descending=True)
-        probs = ordered.softmax(-1)
-        # Keep a token while the ones before it hold less than top_p: the likeliest is always kept.
-        outside = probs.cumsum(-1) - probs >= config.top_p
-        logits = logits.masked_fill(outside.scatter(1, index, outside), -torch.inf)
-    probs = logits.softmax(-1)
-    token = torch.multinomial(probs, 1, generator=generator)
-    return token.squeeze(1), probs.gather(1, token).log().squeeze(1)
+def _for_rows(backbone: Backbone, prompt_ids: Tensor, prompt_mask: Tensor, cache: Any, room: int, repeats: int) -> Any:
+    """The prompts' cache with room for what comes, each prompt `repeats` times."""
+    from hybrid.models.cache import growing_cache  # here: it loads transformers
+
+    grown = growing_cache(cache, room, repeats)
+    if grown is not None or repeats == 1:
+        return cache if grown is None else grown
+    # A state of another kind cannot be repeated: the prompts are read again, each as often as it is answered.
+    rows = (x.repeat_interleave(repeats, 0) for x in (prompt_ids, prompt_mask.bool()))
+    return backbone.next_logits(*rows)[1]
+
+
+def _end(state: Decoding, count: int, is_over: Callable[[Sequence[int]], bool]) -> None:
+    """Stop the rows whose ids so far end a response."""
+    so_far = state.ids[:, :count].tolist()
+    over = [going and is_over(row) for going, row in zip(state.running.tolist(), so_far, strict=True)]
+    state.running &= ~torch.tensor(over, device=state.running.device)
+
+
+def _goes_on(state: Decoding) -> bool:
+    _check_finite(state)
+    return bool(state.running.any())
+
+
+def _check_finite(state: Decoding) -> None:
+    if (token := int(state.broken_at)) < state.how.max_new_tokens:
+        raise RunStopped(
+            f"the policy's logits are not finite at token {token + 1} of its responses: its weights have "
+            "diverged. Lower optimizer.lr"
+        )

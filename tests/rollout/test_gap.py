@@ -26,7 +26,7 @@ def forgetful(monkeypatch):
     def lose():
         right = Backbone.next_logits
         monkeypatch.setattr(
-            Backbone, "next_logits", lambda self, ids, mask, cache=None: right(self, ids, mask[:, -ids.shape[1] :])
+            Backbone, "next_logits", lambda self, ids, mask, *seen: right(self, ids, mask[:, -ids.shape[1] :])
         )
 
     return lose

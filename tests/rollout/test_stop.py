@@ -16,7 +16,7 @@ class Scripted:
     def __init__(self, words, size):
         self.words, self.size = words, size
 
-    def next_logits(self, ids, mask, cache=None):
+    def next_logits(self, ids, mask, cache=None, position_ids=None):
         position = 0 if cache is None else cache
         logits = torch.full((len(ids), self.size), -40.0)
         logits[:, self.words[position]] = 40.0
