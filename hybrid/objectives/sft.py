@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from hybrid.core import IGNORE, Batch, InputError
+from hybrid.core import Batch, InputError
 from hybrid.data import Loader
 from hybrid.functional import TokenWeight, sft_loss
 from hybrid.models import Policy
@@ -84,13 +84,10 @@ def sft_batch_loss(
     The value head takes no part, so it gets no gradient: None, not zeros.
     Returns `(loss, metrics)` of `functional.sft_loss`.
     """
-    hidden = policy.backbone(batch.input_ids, batch.attention_mask, batch.position_ids)
-    logprob = policy.target_logprob(hidden, batch.labels)
-    mask = batch.labels != IGNORE
-    # The first token of a row has nothing before it that could predict it.
+    logprob, trained = policy.batch_logprob(batch)
     return sft_loss(
-        logprob[:, 1:],
-        mask[:, 1:],
+        logprob,
+        trained,
         token_weight=config.token_weight,
         markov_decay=config.markov_decay,
         markov_window=config.markov_window,
