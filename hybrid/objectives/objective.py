@@ -78,7 +78,13 @@ class Objective(ABC, Generic[Rows]):
         raise InputError(f"objective {self.name!r} has no rows of its own: it needs a rollout")
 
     def check(self) -> None:
-        """Refuse (InputError), before a run's first step, what it could not learn from."""
+        """Refuse (InputError), before a run's first step, what it could not learn from: examples without a target."""
+        source = None if self.rolls_out else self.rows()
+        if isinstance(source, Loader) and not any(example.has_target for example in source.examples):
+            raise InputError(
+                f"this mixture learns from targets, and none of the {len(source.examples)} examples of objective "
+                f"{self.name!r} has one; name their column, or leave the objective out of mixing"
+            )
 
     @abstractmethod
     def loss_of(self, whole: Rows) -> Callable[[Rows], Loss]:
@@ -89,7 +95,9 @@ class Objective(ABC, Generic[Rows]):
         """
 
     def term(self, rows: Rows, coef: float = 1.0) -> Term[Rows]:
-        """coef * the loss of these rows, as a summand of an update."""
+        """coef * the loss of these rows, as a summand of an update. Raises InputError where no token is trained."""
+        if not rows.num_tokens:
+            raise InputError(f"objective {self.name!r}: none of the {len(rows)} rows has a target token to train on")
         loss_of = self.loss_of(rows)
 
         def loss(part: Rows) -> Loss:

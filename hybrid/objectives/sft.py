@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from hybrid.core import Batch, InputError
+from hybrid.core import Batch
 from hybrid.data import Loader
 from hybrid.functional import TokenWeight, sft_loss
 from hybrid.models import Policy
@@ -50,8 +50,6 @@ class SFTConfig:
 class SFT(Objective[Batch]):
     """The targets of the training data, with dropout."""
 
-    what = "training"
-
     def __init__(self, parts: Parts, sft: SFTConfig):
         super().__init__(parts)
         self.config, self.lr_factor = sft, sft.lr_factor
@@ -61,17 +59,7 @@ class SFT(Objective[Batch]):
     def rows(self) -> Loader:
         return self.parts.loader
 
-    def check(self) -> None:
-        if not any(example.has_target for example in self.rows().examples):
-            raise InputError(
-                f"this mixture learns from targets, and no {self.what} example has one; "
-                "name their column, or leave the supervised steps out of mixing"
-            )
-
     def loss_of(self, whole: Batch) -> Callable[[Batch], Loss]:
-        """Raises InputError where no token is trained."""
-        if not whole.num_tokens:
-            raise InputError("a supervised step: the batch has no target token to train on")
         return partial(sft_batch_loss, self.parts.policy, config=self.config, num_tokens=whole.num_tokens)
 
 
