@@ -23,7 +23,7 @@ class SFTConfig:
 
     batch_size: int = 16  # examples of one optimizer step
     microbatch_size: int | None = None  # rows of one forward and backward; None: all
-    lr_factor: float = 1.0  # on the optimizer's learning rate, in SFT steps
+    lr_factor: float = 1.0  # on the optimizer's learning rate; beside other objectives their mean, weighted by coef
     token_weight: TokenWeight = "one"  # see functional.sft_loss
     markov_decay: float = 0.95  # of token_weight "markov", from a token to the one before it
     markov_window: int | None = None  # the last tokens of a row that it tells apart; None: all

@@ -56,3 +56,43 @@ def test_data_without_targets_are_refused_before_the_first_step(tokenizer):
     with pytest.raises(InputError, match="targets, and none of the 8 examples of objective 'own' has one"):
         trainer.train()
     assert trainer.num_steps == 0
+
+
+def test_every_objective_takes_its_learning_rate_and_its_microbatches_from_the_config(tokenizer):
+    settings = {"own": {"lr_factor": 0.5, "microbatch_size": 2, "strength": 3.0}, "ptx": {"lr_factor": 0.25}}
+    trainer = trainer_of("blend", tokenizer, objectives=settings)
+    term = trainer.objectives["own"].term(next(trainer.loader))
+    assert (term.lr_factor, term.microbatch_size, trainer.objectives["own"].strength) == (0.5, 2, 3.0)
+    assert trainer.batch_step({"own": 1.0})["lr"] == 0.5e-2
+    assert trainer.objectives["ptx"].lr_factor == 0.25
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"own": {"lr_factor": -1.0}}, r"objectives\.own\.lr_factor must be >= 0 and finite, got -1\.0"),
+        ({"own": {"lr_factor": "fast"}}, r"objectives\.own\.lr_factor must be float, got 'fast'"),
+        ({"own": {"microbatch_size": 0}}, r"objectives\.own\.microbatch_size must be >= 1, got 0"),
+        ({"own": {"strenght": 1}}, r"objectives\.own\. 'strenght'; did you mean 'strength'"),
+        ({"own": {"x": 1}}, r"'x'; known: lr_factor, microbatch_size, strength"),
+        ({"sft": {"lr_factor": 0.5}}, r"objective 'sft' has its settings in the section 'sft', not in objectives\.sft"),
+    ],
+)
+def test_settings_that_an_objective_cannot_take_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        HybridConfig(objectives=settings)
+
+
+def test_where_the_memory_runs_out_the_advice_is_a_key_of_the_config(tokenizer, monkeypatch):
+    trainer = trainer_of("blend", tokenizer)
+    batch_logprob = trainer.policy.batch_logprob
+
+    def small(batch):
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return batch_logprob(batch)
+
+    monkeypatch.setattr(trainer.policy, "batch_logprob", small)
+    for name, key in (("own", "objectives.own.microbatch_size=1"), ("sft", "sft.microbatch_size=1")):
+        with pytest.warns(UserWarning, match=rf"To start with that: {key}$"):
+            trainer.batch_step({name: 1.0})
