@@ -142,9 +142,8 @@ class Learner:
         """
         began = time.perf_counter()
         given = dict(rows or {})
-        terms = self._terms(
-            {name: given[name] if name in given else self.objectives.own_rows(name) for name in coefs}, coefs
-        )
+        given |= self.objectives.next_rows(name for name in coefs if name not in given)
+        terms = self._terms({name: given[name] for name in coefs}, coefs)
         metrics = self.update(terms)
         if "nll" in metrics:
             metrics["perplexity"] = math.exp(min(metrics["nll"], 700.0))
@@ -175,12 +174,13 @@ class Learner:
         began = time.perf_counter()
         config = self.config.ppo
         learnt = with_advantages(rollout if rows is None else rollout[rows.to(self.policy.device)], config)
+        rolling = {name for name in coefs if self.objectives[name].rolls_out}
         steps: list[Metrics] = []
         for picked in minibatches(len(learnt), config, self.shuffler):
             minibatch = learnt[picked.to(self.policy.device)]
-            beside = {name: self._beside(name, batches or {}) for name in coefs if not self.objectives[name].rolls_out}
-            of = {name: beside.get(name, minibatch) for name in coefs}
-            steps.append(self.update(self._terms({name: x for name, x in of.items() if x is not None}, coefs)))
+            of = self.objectives.next_rows((name for name in coefs if name not in rolling), batches)
+            of |= dict.fromkeys(rolling, minibatch)
+            steps.append(self.update(self._terms({name: of[name] for name in coefs if name in of}, coefs)))
             if config.target_kl is not None and steps[-1]["approx_kl"] > config.target_kl:
                 break
         whole = learnt if rows is None else with_advantages(rollout, config)
@@ -372,9 +372,6 @@ class Learner:
             term = replace(term, name=name) if term.name in terms else term
             terms[term.name] = term
         return list(terms.values())
-
-    def _beside(self, name: str, batches: Mapping[str, Iterator[Batch]]) -> Batch | None:
-        return next(batches[name], None) if name in batches else self.objectives.own_rows(name)
 
     def _collect_options(self) -> CollectOptions:
         """What `collect` and `assemble` take from the config alike."""

@@ -253,7 +253,7 @@ def rows_of(name, trainer):
     """Rows that the objective may learn from: its own, or a rollout's."""
     if objective_class(name).rolls_out:
         return with_advantages(trainer.rollout(next(trainer.prompts)), trainer.config.ppo)
-    return trainer.objectives.own_rows(name)
+    return trainer.objectives.next_rows([name])[name]
 
 
 def gradient(trainer, *terms):

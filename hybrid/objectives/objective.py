@@ -77,7 +77,10 @@ class Objective(ABC, Generic[Rows]):
         self.name = self.section = ""
 
     def rows(self) -> Iterator[Rows]:
-        """Its own rows, an update's worth each, without end."""
+        """Its own rows, an update's worth each, without end.
+
+        In one update objectives that return the same iterator, `parts.loader` say, share what it gives.
+        """
         raise InputError(f"objective {self.name!r} has no rows of its own: it needs a rollout")
 
     def check(self) -> None:
@@ -181,11 +184,25 @@ class Objectives(dict[str, Objective[Any]]):
         self[name] = made = make_objective(name, self._parts, sections, sections["objectives"].get(name))
         return made
 
-    def own_rows(self, name: str) -> Any:
-        """The next of an objective's own rows."""
+    def next_rows(self, names: Iterable[str], batches: Mapping[str, Iterator[Any]] | None = None) -> dict[str, Any]:
+        """What these learn from in one update, by name: the next of batches[name], else of the objective's own rows.
+
+        Those that draw from one iterator, as from the training data, share what it gives. One whose `batches` have come
+        to their end is left out. Raises InputError where an objective's own rows have.
+        """
+        given = batches or {}
+        sources = {name: given[name] if name in given else self._own_rows(name) for name in names}
+        distinct = {id(source): source for source in sources.values()}
+        drawn = {key: next(source, None) for key, source in distinct.items()}
+        rows = {name: drawn[id(source)] for name, source in sources.items() if drawn[id(source)] is not None}
+        for name in sources.keys() - rows.keys() - given.keys():
+            raise InputError(f"objective {name!r}: its rows have come to an end; rows() must go on without one")
+        return rows
+
+    def _own_rows(self, name: str) -> Iterator[Any]:
         if name not in self._rows:
             self._rows[name] = iter(self[name].rows())
-        return next(self._rows[name])
+        return self._rows[name]
 
 
 def check_objectives(settings: Mapping[str, Any], sections: Collection[str]) -> None:

@@ -96,3 +96,30 @@ def test_where_the_memory_runs_out_the_advice_is_a_key_of_the_config(tokenizer, 
     for name, key in (("own", "objectives.own.microbatch_size=1"), ("sft", "sft.microbatch_size=1")):
         with pytest.warns(UserWarning, match=rf"To start with that: {key}$"):
             trainer.batch_step({name: 1.0})
+
+
+def test_objectives_that_draw_from_the_same_data_share_one_batch_an_update(tokenizer):
+    trainer = blended(tokenizer, {"sft": 1.0, "own": 0.1})
+    sft_rows = []
+    sft_loss = trainer.objectives["sft"].loss_of
+    trainer.objectives["sft"].loss_of = lambda whole: (sft_rows.append(whole), sft_loss(whole))[1]
+    trainer.train(epochs=1)
+    assert trainer.loader.position == 9  # three batches of three examples, of eight
+    assert len(sft_rows) == 3
+    assert all(map(torch.equal, (x.labels for x in sft_rows), (x.labels for x in trainer.objectives["own"].seen)))
+
+
+def test_they_share_it_beside_a_rollout_too(tokenizer):
+    trainer = blended(tokenizer, {"ppo": 1.0, "sft": 0.5, "own": 0.1, "ptx": 0.1})
+    trainer.train()
+    num_updates = trainer.config.ppo.num_updates
+    assert len(trainer.objectives["own"].seen) == num_updates
+    assert trainer.loader.position == trainer.ptx_loader.position == 3 * num_updates
+
+
+def test_rows_that_come_to_an_end_are_refused(tokenizer, monkeypatch):
+    monkeypatch.setattr(Own, "rows", lambda self: iter([next(self.parts.loader)]))
+    trainer = trainer_of("blend", tokenizer)
+    trainer.batch_step({"own": 1.0})
+    with pytest.raises(InputError, match="objective 'own': its rows have come to an end"):
+        trainer.batch_step({"own": 1.0})
