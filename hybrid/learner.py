@@ -25,6 +25,7 @@ from hybrid.objectives import (
     Updater,
     autocast,
     check_groups,
+    log_names,
     minibatches,
     over_updates,
     rollout_metrics,
@@ -364,14 +365,11 @@ class Learner:
         return build_loaders(self.config, self.corpus)
 
     def _terms(self, rows: Mapping[str, Any], coefs: Mapping[str, float]) -> list[Term[Any]]:
-        terms: dict[str, Term[Any]] = {}
+        terms, called = [], log_names(coefs)
         for name, given in rows.items():
             placed = given.to(self.policy.device) if hasattr(given, "to") else self.batch(given)
-            term = self.objectives[name].term(placed, coefs[name])
-            # Two that call themselves the same in logs are told apart by their names.
-            term = replace(term, name=name) if term.name in terms else term
-            terms[term.name] = term
-        return list(terms.values())
+            terms.append(replace(self.objectives[name].term(placed, coefs[name]), name=called[name]))
+        return terms
 
     def _collect_options(self) -> CollectOptions:
         """What `collect` and `assemble` take from the config alike."""

@@ -19,6 +19,7 @@ __all__ = [
     "Objectives",
     "Parts",
     "check_objectives",
+    "log_names",
     "make_objective",
     "objective_class",
     "objective_names",
@@ -142,6 +143,15 @@ def objective_names() -> list[str]:
 def objective_class(name: str) -> type[Objective[Any]]:
     """The class that a name is registered for. Raises InputError with the nearest name."""
     return _objectives[name]
+
+
+def log_names(names: Iterable[str]) -> dict[str, str]:
+    """What the objectives of a step are called in logs: by their labels, or their own names where a label is taken."""
+    called: dict[str, str] = {}
+    for name in names:
+        label = objective_class(name).label or name
+        called[name] = name if label in called.values() else label
+    return called
 
 
 def make_objective(

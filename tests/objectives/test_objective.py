@@ -1,14 +1,18 @@
 """An objective of one's own: its settings, its rows, and what it refuses."""
 
+import re
+
 import pytest
 import torch
 from test_conformance import ROWS, trainer_of
 from tiny import tiny_model
 
 from hybrid import HybridConfig, HybridTrainer, InputError, Objective, Policy
+from hybrid.config import RunConfig
 from hybrid.core import Batch
 from hybrid.mixing import make_strategy
 from hybrid.objectives import objective
+from hybrid.run import read_jsonl
 
 
 class Own(Objective[Batch]):
@@ -123,3 +127,23 @@ def test_rows_that_come_to_an_end_are_refused(tokenizer, monkeypatch):
     trainer.batch_step({"own": 1.0})
     with pytest.raises(InputError, match="objective 'own': its rows have come to an end"):
         trainer.batch_step({"own": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("coefs", "line"),
+    [
+        ({"own": 1.0}, r"^own  step 1/1  eta 0:00  own_loss -\d"),
+        ({"sft": 1.0, "own": 0.1}, r"^joint step 1/1  eta 0:00  sft_loss \d\S+  own_loss -\d"),
+        ({"ppo": 1.0, "own": 0.1}, r"^joint step 1/1  eta 0:00  reward \S+  kl \S+  own_loss -\d"),
+    ],
+)
+def test_the_console_shows_the_loss_of_every_objective(tokenizer, capsys, coefs, line):
+    blended(tokenizer, coefs).train()
+    assert re.search(line, capsys.readouterr().out, re.MULTILINE)
+
+
+def test_what_two_that_are_called_the_same_count_is_logged_apart(tokenizer, tmp_path):
+    trainer = blended(tokenizer, {"sft": 0.75, "ptx": 0.25}, run=RunConfig(output=str(tmp_path / "run")))
+    trainer.train()
+    row = read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]
+    assert (row["sft_coef"], row["ptx_coef"]) == (0.75, 0.25)
