@@ -3,7 +3,6 @@
 import sys
 
 from hybrid import Batch, HybridConfig, HybridTrainer, Objective, PPOConfig, register_objective
-from hybrid.core import IGNORE
 from hybrid.functional import masked_sum
 
 ROWS = [{"prompt": f"Say {w}.", "target": f"{w}, {w}, {w}!"} for w in ("yes", "no", "hello", "why", "sun", "sea")]
@@ -18,11 +17,8 @@ class Modest(Objective[Batch]):
 
     def loss_of(self, whole):
         def loss(part):
-            policy = self.parts.policy
-            hidden = policy.backbone(part.input_ids, part.attention_mask)
-            prob = policy.target_logprob(hidden, part.labels)[:, 1:].exp()
-            total = masked_sum(prob.square(), part.labels[:, 1:] != IGNORE)
-            return total / whole.num_tokens, {}
+            logprob, trained = self.parts.policy.batch_logprob(part)  # (B, T-1) each: packed rows are fine
+            return masked_sum(logprob.exp().square(), trained) / whole.num_tokens, {}
 
         return loss
 

@@ -289,3 +289,7 @@ def _model_name(config: HybridConfig) -> str:
     if config.model.name is None:
         raise InputError("config: model.name is missing; give a model's folder or hub name")
     return config.model.name
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -112,7 +112,7 @@ class HybridConfig:
     sft: SFTConfig = field(default_factory=SFTConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     mixing: dict[str, Any] = field(default_factory=dict)
-    objectives: dict[str, Any] = field(default_factory=dict)  # by name, what those of your own take
+    objectives: dict[str, Any] = field(default_factory=dict)  # by name, the settings of those without a section
     optimizer: dict[str, Any] = field(default_factory=dict)
     scheduler: dict[str, Any] = field(default_factory=dict)
     gradient: GradientConfig = field(default_factory=GradientConfig)

@@ -25,6 +25,7 @@ from hybrid.objectives import (
     Updater,
     autocast,
     check_groups,
+    log_names,
     minibatches,
     over_updates,
     rollout_metrics,
@@ -142,9 +143,8 @@ class Learner:
         """
         began = time.perf_counter()
         given = dict(rows or {})
-        terms = self._terms(
-            {name: given[name] if name in given else self.objectives.own_rows(name) for name in coefs}, coefs
-        )
+        given |= self.objectives.next_rows(name for name in coefs if name not in given)
+        terms = self._terms({name: given[name] for name in coefs}, coefs)
         metrics = self.update(terms)
         if "nll" in metrics:
             metrics["perplexity"] = math.exp(min(metrics["nll"], 700.0))
@@ -175,12 +175,13 @@ class Learner:
         began = time.perf_counter()
         config = self.config.ppo
         learnt = with_advantages(rollout if rows is None else rollout[rows.to(self.policy.device)], config)
+        rolling = {name for name in coefs if self.objectives[name].rolls_out}
         steps: list[Metrics] = []
         for picked in minibatches(len(learnt), config, self.shuffler):
             minibatch = learnt[picked.to(self.policy.device)]
-            beside = {name: self._beside(name, batches or {}) for name in coefs if not self.objectives[name].rolls_out}
-            of = {name: beside.get(name, minibatch) for name in coefs}
-            steps.append(self.update(self._terms({name: x for name, x in of.items() if x is not None}, coefs)))
+            of = self.objectives.next_rows((name for name in coefs if name not in rolling), batches)
+            of |= dict.fromkeys(rolling, minibatch)
+            steps.append(self.update(self._terms({name: of[name] for name in coefs if name in of}, coefs)))
             if config.target_kl is not None and steps[-1]["approx_kl"] > config.target_kl:
                 break
         whole = learnt if rows is None else with_advantages(rollout, config)
@@ -364,17 +365,11 @@ class Learner:
         return build_loaders(self.config, self.corpus)
 
     def _terms(self, rows: Mapping[str, Any], coefs: Mapping[str, float]) -> list[Term[Any]]:
-        terms: dict[str, Term[Any]] = {}
+        terms, called = [], log_names(coefs)
         for name, given in rows.items():
             placed = given.to(self.policy.device) if hasattr(given, "to") else self.batch(given)
-            term = self.objectives[name].term(placed, coefs[name])
-            # Two that call themselves the same in logs are told apart by their names.
-            term = replace(term, name=name) if term.name in terms else term
-            terms[term.name] = term
-        return list(terms.values())
-
-    def _beside(self, name: str, batches: Mapping[str, Iterator[Batch]]) -> Batch | None:
-        return next(batches[name], None) if name in batches else self.objectives.own_rows(name)
+            terms.append(replace(self.objectives[name].term(placed, coefs[name]), name=called[name]))
+        return terms
 
     def _collect_options(self) -> CollectOptions:
         """What `collect` and `assemble` take from the config alike."""

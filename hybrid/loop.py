@@ -15,7 +15,7 @@ from hybrid.evaluate import sample_rows
 from hybrid.export import export_run
 from hybrid.learner import Learner
 from hybrid.mixing import Plan, Strategy
-from hybrid.objectives import Term, objective_class, texts_of
+from hybrid.objectives import Term, log_names, objective_class, texts_of
 from hybrid.resume import MODEL, write_checkpoint
 from hybrid.rewards import RewardError
 from hybrid.run import (
@@ -221,11 +221,14 @@ class _Loop:
         metrics = self._rollout_step(plan, number) if plan.rolls_out else learner.take(plan)
         now = time.perf_counter()
         clock = {"seconds": now - began, "elapsed": now - self.began}
-        if len(plan.coefs) > 1:
-            beside = {name: coef for name, coef in plan.coefs.items() if not objective_class(name).rolls_out}
-            metrics |= {f"{objective_class(name).label or name}_coef": coef for name, coef in beside.items()}
+        called, alone = log_names(plan.coefs), len(plan.coefs) == 1
+        # A rollout says its reward and KL instead.
+        beside = {called[name]: coef for name, coef in plan.coefs.items() if not objective_class(name).rolls_out}
+        if not alone:
+            metrics |= {f"{name}_coef": coef for name, coef in beside.items()}
         head = {"step": learner.num_steps, "phase": plan.kind, "cycle": plan.cycle, **clock}
-        self.log.step({**head, **metrics, **self.strategy.metrics()})
+        losses = {f"{name}_loss": "loss" if alone else f"{name}_loss" for name in beside}
+        self.log.step({**head, **metrics, **self.strategy.metrics()}, losses)
         self.progress.metrics = metrics
         if "kl" in metrics:
             self._watch_kl(metrics["kl"])

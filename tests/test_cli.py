@@ -34,6 +34,14 @@ def config(tmp_path, stories):
     return path
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["hybrid", "hybrid.cli"])
+def test_both_modules_are_the_command(module):
+    done = subprocess.run([sys.executable, "-m", module, "schedulers"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "cosine" in done.stdout
+
+
 def test_train_evaluates_trains_exports_and_reports(config, tmp_path, capsys):
     assert main(["train", str(config)]) == 0
     run = tmp_path / "run"

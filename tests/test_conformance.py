@@ -20,7 +20,8 @@ from whole_run import crash, logged_rows, weights
 
 from hybrid import DataConfig, HybridConfig, HybridTrainer, Policy, PPOConfig, SamplingConfig, SFTConfig
 from hybrid.config import RunConfig
-from hybrid.core import IGNORE
+from hybrid.core import IGNORE, Batch
+from hybrid.data import pack
 from hybrid.evaluate import EvalConfig
 from hybrid.mixing import Plan, make_strategy, strategy_names
 from hybrid.objectives import objective_class, objective_names, with_advantages
@@ -252,7 +253,7 @@ def rows_of(name, trainer):
     """Rows that the objective may learn from: its own, or a rollout's."""
     if objective_class(name).rolls_out:
         return with_advantages(trainer.rollout(next(trainer.prompts)), trainer.config.ppo)
-    return trainer.objectives.own_rows(name)
+    return trainer.objectives.next_rows([name])[name]
 
 
 def gradient(trainer, *terms):
@@ -273,6 +274,18 @@ def test_the_losses_of_parts_add_up_to_that_of_the_whole(name, tokenizer):
     whole, _ = term.loss_of(term.rows)
     parts = [term.loss_of(term.rows[i : i + 1])[0] for i in range(len(term.rows))]
     assert torch.allclose(sum(parts), whole, rtol=1e-5, atol=1e-6)
+
+
+@every_objective
+def test_packed_rows_have_the_loss_of_the_same_examples_one_a_row(name, tokenizer):
+    trainer = trainer_of("alternate", tokenizer)
+    rows = rows_of(name, trainer)
+    if not isinstance(rows, Batch):
+        return
+    packed = pack(rows.examples, max_length=64, pad_id=0)
+    assert len(packed) < len(rows)
+    losses = [term.loss_of(term.rows)[0] for term in map(trainer.objectives[name].term, (rows, packed))]
+    assert torch.allclose(*losses, rtol=1e-5, atol=1e-6)
 
 
 @every_objective

@@ -140,7 +140,7 @@ def test_ptx_on_prompts_alone_is_refused_before_the_first_step(tokenizer):
         Policy(tiny_model()), tokenizer, ROWS, score, HybridConfig(mixing={"strategy": "ptx"}),
         ptx_data=[{"prompt": "the w1"}],
     )  # fmt: skip
-    with pytest.raises(InputError, match="no ptx_data example has one"):
+    with pytest.raises(InputError, match="none of the 1 examples of objective 'ptx' has one"):
         trainer.train()
 
 

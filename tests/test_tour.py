@@ -1,4 +1,4 @@
-"""docs/tour.md leads to files and names that are there, lower floors first."""
+"""docs/tour.md leads to files and names that are there."""
 
 import ast
 import re

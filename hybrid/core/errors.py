@@ -35,7 +35,9 @@ def unknown_name(what: str, name: str, known: Iterable[str], *, hint: str = "") 
     known = sorted(known)
     near = get_close_matches(name.lower(), known, n=3, cutoff=0.6)
     options = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"
-    return InputError(f"unknown {what} {name!r}; {options}{' ' + hint if hint else ''}")
+    if hint:
+        options += f"{'' if near else '.'} {hint}"
+    return InputError(f"unknown {what} {name!r}; {options}")
 
 
 def check_seed(name: str, seed: int) -> None:

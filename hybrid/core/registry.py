@@ -24,8 +24,8 @@ class Registry(Generic[T]):
 
         rewards["length_window"]
 
-    Names are matched case-insensitively. Other packages add theirs by an entry point in the group
-    `hybrid.<kind>`; those are loaded when a name is first not found here.
+    Names are matched case-insensitively. Other packages add theirs by an entry point in the group `hybrid.<kind>`,
+    of the name that they register; those are loaded when a name is first not found here.
     """
 
     def __init__(self, kind: str):
@@ -49,7 +49,10 @@ class Registry(Generic[T]):
         if key not in self._factories:
             self._load_entry_points()
         if key not in self._factories:
-            hint = f"Add one with @register_{self.kind}({name!r})." if self.kind == "reward" else ""
+            hint = (
+                "One of your own: import the module that registers it first; the command line finds it by an entry "
+                f"point in the group 'hybrid.{self.kind}'"
+            )
             raise unknown_name(self.kind, str(name), self._factories, hint=hint)
         return self._factories[key]
 

@@ -105,14 +105,15 @@ class Rollout:
     """What the policy answered, and all that PPO needs to learn from it. No tensor has a gradient.
 
     input_ids: (B, P+T) int64, prompts left-padded, responses right-padded.   attention_mask: (B, P+T) bool.
-    mask: (B, T) bool, the response's own tokens, up to and including its EOS.
+    mask: (B, T) bool, the response's own tokens, up to and including the EOS, or the token that completes a stop
+        string.
     old_logprob, old_value, kl, reward: (B, T) float32, 0 outside the mask; `[:, t]` belongs to response token t.
         old_value is the value before token t is sampled. kl is against the references, weighted and summed.
         reward is what GAE receives: the shaped score and, where it belongs there, the KL penalty.
     ref_logprob: (R, B, T) float32, one for each reference.   ref_weight: the factor of each one's KL.
     entropy: (B, T) float32, of the policy's distribution, nats.
     score: (B,) float32, the reward function's word on each response (the sum, where it spoke per token).
-    ended: (B,) bool, whether the response closed with EOS.
+    ended: (B,) bool, whether one of these came.
     temperature: what the logits were divided by when it was sampled; the update divides by the same.
     group: (B,) int64, equal where the rows answer the same prompt; from `collect` the example's number. Or None.
     sampling_logprob: (B, T) float32, of each token under the distribution that it was drawn from (after top_k, top_p

@@ -15,7 +15,7 @@ Tools = Sequence[Mapping[str, Any]]
 
 # Where a message has its thinking, by the templates that write it.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-# A tool's answer some templates write as JSON, in which quotes look otherwise.
+# Whose words the template has to write as they are. Some write a tool's as JSON, in which quotes look otherwise.
 ASKING = ("system", "user")
 
 

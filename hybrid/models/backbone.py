@@ -118,9 +118,13 @@ class Backbone(nn.Module):
         """Hidden states (B, T, D), such that logits = hidden @ head_weight.T + head_bias, soft-capped by `softcap`.
 
         attention_mask: (B, T), true on tokens; or, with `position_ids`, segment numbers (see `Batch`).
+        Raises InputError for segment numbers without positions: its tokens would see other examples'.
         """
         mask: Tensor | None = attention_mask.long()
         if position_ids is None:
+            # Our own masks are bool here: on a GPU none of them is waited for.
+            if attention_mask.dtype != torch.bool and (attention_mask > 1).any():
+                raise InputError("an attention_mask with numbers above 1 is of packed rows: give position_ids too")
             position_ids = positions(attention_mask)
         elif windows(self.model.config):
             # Such a model cuts its windows out of the mask that it makes of the positions, where it is given none.

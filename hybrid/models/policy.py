@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybrid.core import IGNORE, InputError, no_progress_bars
+from hybrid.core import IGNORE, Batch, InputError, no_progress_bars
 from hybrid.fused import TokenStats, linear_logprob
 from hybrid.models.adapt import (
     LoraConfig,
@@ -150,13 +150,17 @@ class Policy(nn.Module):
         hidden = self.backbone(input_ids, attention_mask, position_ids)
         return PolicyOutput(hidden, self.value_head(hidden))
 
-    def target_logprob(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Log-prob of each label from the token before it, (B, T) -> (B, T); 0 at t = 0 and where IGNORE."""
-        shifted = labels[:, 1:]
-        head = self.backbone
-        stats = linear_logprob(hidden[:, :-1], head.head_weight, shifted, bias=head.head_bias, softcap=head.softcap)
+    def batch_logprob(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(log-prob of every label from the token before it, whether it is trained), each (B, T-1), of packed rows too.
+
+        Column t is of token t + 1; the log-prob is 0 where it is not trained. Sum both over a batch's parts and divide
+        by the whole's `num_tokens`.
+        """
+        hidden = self.backbone(batch.input_ids, batch.attention_mask, batch.position_ids)
+        trained = batch.labels[:, 1:] != IGNORE
+        stats = response_stats(self.backbone, hidden, batch.labels, trained)
         assert stats.logprob is not None
-        return nn.functional.pad(stats.logprob, (1, 0))
+        return stats.logprob, trained
 
 
 def response_stats(
@@ -175,9 +179,11 @@ def response_stats(
     hidden: (B, P+T, D) of `backbone`.   input_ids: (B, P+T).   mask: (B, T).
     reference, ref_hidden: the other side of "kl", same layout.
     Only response positions go through the head: token t is predicted by the position before it.
+    Of a `Batch` all tokens but a row's first are the response: the entropy, say, of what `batch_logprob` gives is had
+    with the same mask and want=("entropy",).
     """
     length = mask.shape[1]
-    labels = input_ids[:, -length:].masked_fill(~mask, IGNORE)
+    labels = input_ids[:, input_ids.shape[1] - length :].masked_fill(~mask, IGNORE)
     other: dict[str, Any] = {}
     if reference is not None and ref_hidden is not None:
         if reference.softcap != backbone.softcap:

@@ -24,7 +24,9 @@ class Term(Generic[Rows]):
     loss_of: rows -> (loss, metrics), for the rows and for any part of them. The loss is already divided by the
         count of the WHOLE update, so that the losses of parts, and their gradients, simply add up.
     coef: the factor of the loss.   microbatch_size: rows of one forward and backward; None: all.
-    lr_factor: the factor of the learning rate of an update that has no other term.
+    lr_factor: the factor of the optimizer's learning rate. An update has one rate: of several terms it is the mean of
+        their factors, weighted by coef.
+    section: of the config, where its microbatch_size stands; "" where it is in none.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Term(Generic[Rows]):
     coef: float = 1.0
     microbatch_size: int | None = None
     lr_factor: float = 1.0
+    section: str = ""
 
 
 def split(rows: Rows, size: int | None) -> list[Rows]:
@@ -64,7 +67,7 @@ def accumulate(
             merged.append(outcome)
         else:
             return merged
-        row_limits[term.name] = _halved(term.name, size, outcome)
+        row_limits[term.name] = _halved(term, size, outcome)
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         _set_random_state(optimizer, random_state)
@@ -88,17 +91,17 @@ def _attempt(term: Term[Any], size: int, scaler: GradScaler) -> dict[str, float]
     return _merged(parts)
 
 
-def _halved(name: str, size: int, failure: str) -> int:
+def _halved(term: Term[Any], size: int, failure: str) -> int:
     """Half of the microbatch that did not fit, at least 1; says so."""
     if size == 1:
         raise RunStopped(
-            f"out of memory with one {name} row at a time ({failure}). Shorten the rows (data.max_length, "
+            f"out of memory with one {term.name} row at a time ({failure}). Shorten the rows (data.max_length, "
             "sampling.max_new_tokens), or set model.gradient_checkpointing=true, model.lora={} or a smaller model.name"
         )
     half = size // 2
     warnings.warn(
-        f"out of memory with {size} {name} rows at a time; from here on {half}, which gives the same gradient. "
-        f"To start with that: {name}.microbatch_size={half}",
+        f"out of memory with {size} {term.name} rows at a time; from here on {half}, which gives the same gradient. "
+        f"To start with that: {term.section and term.section + '.'}microbatch_size={half}",
         stacklevel=2,
     )
     return half

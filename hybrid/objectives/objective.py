@@ -1,8 +1,10 @@
 """What an objective is: it says where its rows come from, and what their loss is."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar, Generic, Protocol
 
@@ -17,6 +19,7 @@ __all__ = [
     "Objectives",
     "Parts",
     "check_objectives",
+    "log_names",
     "make_objective",
     "objective_class",
     "objective_names",
@@ -60,25 +63,35 @@ class Objective(ABC, Generic[Rows]):
 
     and `Plan(cycle, {"ppo": 1.0, "calm": 0.1})` adds it to PPO's. The Learner makes it at its first use; parameters of
     its constructor after `parts` that are called like a section of the config (`sft`, `ppo`, `kl`) are given that
-    section, the others are its own, from the config's `objectives.NAME`.
+    section, the others are its own, from the config's `objectives.NAME`, which may also give it its `TermSettings`.
     """
 
     label: ClassVar[str] = ""  # the name in logs; "": the one it is registered by
     rolls_out: ClassVar[bool] = False  # whether its rows are minibatches of the step's rollout
     dropout: ClassVar[bool] = True  # whether the policy is in training mode
-    lr_factor: float = 1.0  # on the optimizer's learning rate
-    microbatch_size: int | None = None  # rows of one forward and backward; None: all
+    lr_factor: float = 1.0  # see `Term`
+    microbatch_size: int | None = None  # see `Term`
 
     def __init__(self, parts: Parts):
         self.parts = parts
-        self.name = ""  # the one it is registered by, which `make_objective` knows
+        # What `make_objective` knows: the name that it is registered by, and where the config has its settings.
+        self.name = self.section = ""
 
     def rows(self) -> Iterator[Rows]:
-        """Its own rows, an update's worth each, without end."""
+        """Its own rows, an update's worth each, without end.
+
+        In one update objectives that return the same iterator, `parts.loader` say, share what it gives.
+        """
         raise InputError(f"objective {self.name!r} has no rows of its own: it needs a rollout")
 
     def check(self) -> None:
-        """Refuse (InputError), before a run's first step, what it could not learn from."""
+        """Refuse (InputError), before a run's first step, what it could not learn from: examples without a target."""
+        source = None if self.rolls_out else self.rows()
+        if isinstance(source, Loader) and not any(example.has_target for example in source.examples):
+            raise InputError(
+                f"this mixture learns from targets, and none of the {len(source.examples)} examples of objective "
+                f"{self.name!r} has one; name their column, or leave the objective out of mixing"
+            )
 
     @abstractmethod
     def loss_of(self, whole: Rows) -> Callable[[Rows], Loss]:
@@ -89,7 +102,11 @@ class Objective(ABC, Generic[Rows]):
         """
 
     def term(self, rows: Rows, coef: float = 1.0) -> Term[Rows]:
-        """coef * the loss of these rows, as a summand of an update."""
+        """coef * the loss of these rows, as a summand of an update. Raises InputError where no token is trained."""
+        if not rows.num_tokens:
+            raise InputError(
+                f"objective {self.name!r}: none of the {len(rows)} rows has a target to train on; give it rows with one"
+            )
         loss_of = self.loss_of(rows)
 
         def loss(part: Rows) -> Loss:
@@ -97,7 +114,21 @@ class Objective(ABC, Generic[Rows]):
             with self.parts.autocast():
                 return loss_of(part)
 
-        return Term(self.label or self.name, rows, loss, coef, self.microbatch_size, self.lr_factor)
+        return Term(self.label or self.name, rows, loss, coef, self.microbatch_size, self.lr_factor, self.section)
+
+
+@dataclass(frozen=True)
+class TermSettings:
+    """What the config's `objectives.NAME` may say of every objective that has no section of its own; see `Term`."""
+
+    lr_factor: float = 1.0
+    microbatch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lr_factor < math.inf:
+            raise InputError(f"lr_factor must be >= 0 and finite, got {self.lr_factor}")
+        if self.microbatch_size is not None and self.microbatch_size < 1:
+            raise InputError(f"microbatch_size must be >= 1, got {self.microbatch_size}")
 
 
 _objectives: Registry[type[Objective[Any]]] = Registry("objective")
@@ -114,16 +145,37 @@ def objective_class(name: str) -> type[Objective[Any]]:
     return _objectives[name]
 
 
+def log_names(names: Iterable[str]) -> dict[str, str]:
+    """What the objectives of a step are called in logs: by their labels, or their own names where a label is taken."""
+    called: dict[str, str] = {}
+    for name in names:
+        label = objective_class(name).label or name
+        called[name] = name if label in called.values() else label
+    return called
+
+
 def make_objective(
     name: str, parts: Parts, sections: Mapping[str, Any], settings: Mapping[str, Any] | None = None
 ) -> Objective[Any]:
     """The objective of that name. sections: of the config, by name.   settings: its own, from `objectives.NAME`."""
     factory = _objectives[name]
+    settings = dict(settings or {})
+    of_term = _term_settings(name, settings)
     taken = list(parameters_of(factory))[1:]
-    given = {key: sections[key] for key in taken if key in sections} | dict(settings or {})
+    given = {key: sections[key] for key in taken if key in sections}
+    given |= {key: value for key, value in settings.items() if key not in of_term}
     made: Objective[Any] = build(partial(factory, parts), given, what=f"objective {name!r}", path=f"objectives.{name}")
-    made.name = name
+    made.name, made.section = name, name if name in sections else f"objectives.{name}"
+    for key, value in of_term.items():
+        setattr(made, key, value)
     return made
+
+
+def _term_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of an objective's settings that are `TermSettings`, checked."""
+    given = {f.name: settings[f.name] for f in fields(TermSettings) if f.name in settings}
+    build(TermSettings, given, what=f"objective {name!r}", path=f"objectives.{name}")
+    return given
 
 
 class Objectives(dict[str, Objective[Any]]):
@@ -142,19 +194,39 @@ class Objectives(dict[str, Objective[Any]]):
         self[name] = made = make_objective(name, self._parts, sections, sections["objectives"].get(name))
         return made
 
-    def own_rows(self, name: str) -> Any:
-        """The next of an objective's own rows."""
+    def next_rows(self, names: Iterable[str], batches: Mapping[str, Iterator[Any]] | None = None) -> dict[str, Any]:
+        """What these learn from in one update, by name: the next of batches[name], else of the objective's own rows.
+
+        Those that draw from one iterator, as from the training data, share what it gives. One whose `batches` have come
+        to their end is left out. Raises InputError where an objective's own rows have.
+        """
+        given = batches or {}
+        sources = {name: given[name] if name in given else self._own_rows(name) for name in names}
+        distinct = {id(source): source for source in sources.values()}
+        drawn = {key: next(source, None) for key, source in distinct.items()}
+        rows = {name: drawn[id(source)] for name, source in sources.items() if drawn[id(source)] is not None}
+        for name in sources.keys() - rows.keys() - given.keys():
+            raise InputError(f"objective {name!r}: its rows have come to an end; rows() must go on without one")
+        return rows
+
+    def _own_rows(self, name: str) -> Iterator[Any]:
         if name not in self._rows:
             self._rows[name] = iter(self[name].rows())
-        return next(self._rows[name])
+        return self._rows[name]
 
 
-def check_objectives(settings: Mapping[str, Any], sections: Iterable[str]) -> None:
+def check_objectives(settings: Mapping[str, Any], sections: Collection[str]) -> None:
     """Refuse the config's `objectives` where a name or a key in it is none. sections: names of the config's others."""
     for name, own in settings.items():
         if not isinstance(own, Mapping):
             raise InputError(f"config: objectives.{name} must be a mapping of its settings, got {own!r:.60}")
-        known = [key for key in list(parameters_of(_objectives[name]))[1:] if key not in set(sections)]
+        if name in sections:
+            raise InputError(
+                f"config: objective {name!r} has its settings in the section {name!r}, not in objectives.{name}"
+            )
+        own_names = list(parameters_of(_objectives[name]))[1:]
+        known = {*own_names, *parameters_of(TermSettings)}.difference(sections)
         for key in own:
             if key not in known:
                 raise unknown_name(f"setting of objective {name!r}: objectives.{name}.", str(key), known)
+        _term_settings(name, own)

@@ -38,7 +38,7 @@ class PPOConfig:
     minibatch_size: int = 16  # responses of one optimizer step
     microbatch_size: int | None = None  # rows of one forward and backward; None: the minibatch
     epochs: int = 4  # passes over one rollout
-    lr_factor: float = 1.0  # on the optimizer's learning rate, in PPO steps
+    lr_factor: float = 1.0  # on the optimizer's learning rate; beside other objectives their mean, weighted by coef
     advantage: Advantage = "gae"
     surrogate: Surrogate = "ppo"  # cispo: the ratio is clipped as a weight, and no token loses its gradient
     clip: float | None = 0.2  # ratio kept in [1 - clip, 1 + clip]; None: not clipped

@@ -15,7 +15,6 @@ class PTX(SFT):
     """
 
     label = "sft"
-    what = "ptx_data"
 
     def rows(self) -> Loader:
         return self.parts.ptx_loader

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from hybrid.core import IGNORE, Batch, InputError
+from hybrid.core import Batch
 from hybrid.data import Loader
 from hybrid.functional import TokenWeight, sft_loss
 from hybrid.models import Policy
@@ -23,7 +23,7 @@ class SFTConfig:
 
     batch_size: int = 16  # examples of one optimizer step
     microbatch_size: int | None = None  # rows of one forward and backward; None: all
-    lr_factor: float = 1.0  # on the optimizer's learning rate, in SFT steps
+    lr_factor: float = 1.0  # on the optimizer's learning rate; beside other objectives their mean, weighted by coef
     token_weight: TokenWeight = "one"  # see functional.sft_loss
     markov_decay: float = 0.95  # of token_weight "markov", from a token to the one before it
     markov_window: int | None = None  # the last tokens of a row that it tells apart; None: all
@@ -50,8 +50,6 @@ class SFTConfig:
 class SFT(Objective[Batch]):
     """The targets of the training data, with dropout."""
 
-    what = "training"
-
     def __init__(self, parts: Parts, sft: SFTConfig):
         super().__init__(parts)
         self.config, self.lr_factor = sft, sft.lr_factor
@@ -61,17 +59,7 @@ class SFT(Objective[Batch]):
     def rows(self) -> Loader:
         return self.parts.loader
 
-    def check(self) -> None:
-        if not any(example.has_target for example in self.rows().examples):
-            raise InputError(
-                f"this mixture learns from targets, and no {self.what} example has one; "
-                "name their column, or leave the supervised steps out of mixing"
-            )
-
     def loss_of(self, whole: Batch) -> Callable[[Batch], Loss]:
-        """Raises InputError where no token is trained."""
-        if not whole.num_tokens:
-            raise InputError("a supervised step: the batch has no target token to train on")
         return partial(sft_batch_loss, self.parts.policy, config=self.config, num_tokens=whole.num_tokens)
 
 
@@ -84,13 +72,10 @@ def sft_batch_loss(
     The value head takes no part, so it gets no gradient: None, not zeros.
     Returns `(loss, metrics)` of `functional.sft_loss`.
     """
-    hidden = policy.backbone(batch.input_ids, batch.attention_mask, batch.position_ids)
-    logprob = policy.target_logprob(hidden, batch.labels)
-    mask = batch.labels != IGNORE
-    # The first token of a row has nothing before it that could predict it.
+    logprob, trained = policy.batch_logprob(batch)
     return sft_loss(
-        logprob[:, 1:],
-        mask[:, 1:],
+        logprob,
+        trained,
         token_weight=config.token_weight,
         markov_decay=config.markov_decay,
         markov_window=config.markov_window,

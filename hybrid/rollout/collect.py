@@ -32,7 +32,7 @@ class ScoreConfig:
     whiten: bool = False  # mean 0 and variance 1 over the rollout
     scale: float = 1.0
     clip: float | None = None  # to [-clip, clip]
-    missing_eos_penalty: float = 0.0  # subtracted from a response that did not end with EOS
+    missing_eos_penalty: float = 0.0  # subtracted from a response that was cut off: neither EOS nor a stop text came
 
     def __post_init__(self) -> None:
         if self.clip is not None and not self.clip > 0:

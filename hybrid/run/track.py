@@ -41,6 +41,8 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 REPORT = "report.html"
 FINISHED = "finished.json"  # there while the run has nothing left to do
+# What the console shows of an evaluation; of a step the same names come first.
+SHOWN = ("reward", "kl", "sft_loss", "bleu", "chrf", "rouge_l", "token_f1", "exact_match")
 
 
 def open_run_folder(path: str | Path, *, beside: Sequence[str] = ()) -> Path:
@@ -183,15 +185,18 @@ class RunLog:
             failed: Status = "stopped" if kind is KeyboardInterrupt else "failed"
             self.trackers.close("finished" if kind is None else failed)
 
-    def step(self, record: Mapping[str, Any]) -> None:
-        """One training or evaluation row: {"step", "phase", ...numbers}."""
+    def step(self, record: Mapping[str, Any], losses: Mapping[str, str] | None = None) -> None:
+        """One training or evaluation row: {"step", "phase", ...numbers}.
+
+        losses: the losses that the console shows, by the names that it gives them, as keys of the record.
+        """
         row = _plain(record)
         self._write(METRICS, [row])
         if self.trackers is not None:
             numbers = {name: value for name, value in row.items() if name not in ("step", "phase", "cycle")}
             self.trackers.log(numbers, row["step"], row["phase"])
         if self._console is not None:
-            self._console.show(row)
+            self._console.show(row, losses or {})
 
     def samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Responses: {"step", "phase", "index", "prompt", "response", "target", "reward", "components"}."""
@@ -299,17 +304,16 @@ class _Console:
         if self.progress is not None:
             self.progress.stop()
 
-    def show(self, row: Mapping[str, Any]) -> None:
+    def show(self, row: Mapping[str, Any], losses: Mapping[str, str]) -> None:
         step, phase = row["step"], row["phase"]
         if phase == "eval":
             # While a progress line is up, rich prints this above it.
-            print(self._line(step, phase, row), flush=True)
+            print(self._line(step, phase, {name: row[name] for name in SHOWN if name in row}), flush=True)
             return
         if self.first_step is None:
             self.first_step = step
-        if phase == "sft":
-            row = {"sft_loss": row.get("loss")}
-        self.last |= {name: row[name] for name in ("reward", "kl", "sft_loss") if name in row}
+        keys = {"reward": "reward", "kl": "kl", **losses}
+        self.last |= {name: row[key] for name, key in keys.items() if key in row}
         line = self._line(step, phase, self.last)
         if self.progress is not None:
             self.progress.update(self.progress.task_ids[0], completed=step, description=line)
@@ -322,7 +326,7 @@ class _Console:
             parts[0] += f"/{self.total_steps}"
             if phase != "eval":
                 parts.append(f"eta {_clock(self._seconds_left(step, self.total_steps))}")
-        for name in ("reward", "kl", "sft_loss", "bleu", "chrf", "rouge_l", "token_f1", "exact_match"):
+        for name in dict.fromkeys((*SHOWN, *numbers)):
             if name in numbers:
                 number = numbers[name]
                 parts.append(f"{name} {'nan' if number is None else format(number, '.4g')}")

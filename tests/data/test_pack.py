@@ -66,8 +66,8 @@ def test_a_packed_row_gives_each_example_its_own_log_probs():
 
     def logprobs(batch):
         with torch.no_grad():
-            out = policy(batch.input_ids, batch.attention_mask, batch.position_ids)
-            return policy.target_logprob(out.hidden, batch.labels)[:, 1:][batch.labels[:, 1:] != IGNORE]
+            logprob, trained = policy.batch_logprob(batch)
+        return logprob[trained]
 
     # Float32 sums in another order.
     torch.testing.assert_close(logprobs(packed), logprobs(alone), atol=1e-5, rtol=1e-5)

@@ -5,7 +5,7 @@ import torch
 from tiny import FAMILIES, tiny_model
 from torch.nn.functional import linear
 
-from hybrid.core import InputError
+from hybrid.core import Batch, InputError
 from hybrid.functional import soft_capped, token_logprob
 from hybrid.models import Backbone, Policy, check_packing, response_stats
 
@@ -77,11 +77,16 @@ def test_the_logits_of_a_soft_capped_model_are_capped():
     assert policy.backbone.softcap == 3.0
     assert logits.abs().max() > 2.0
     with torch.no_grad():
-        hidden = policy(ids, torch.ones_like(ids)).hidden
-        expected = token_logprob(logits[:, :-1], ids[:, 1:])
-        torch.testing.assert_close(policy.target_logprob(hidden, ids)[:, 1:], expected, atol=1e-5, rtol=1e-5)
+        logprob, _ = policy.batch_logprob(Batch(ids, torch.ones_like(ids), ids))
+        torch.testing.assert_close(logprob, token_logprob(logits[:, :-1], ids[:, 1:]), atol=1e-5, rtol=1e-5)
         next_logits, _ = policy.backbone.next_logits(ids, torch.ones_like(ids))
     torch.testing.assert_close(next_logits, logits[:, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_segment_numbers_without_positions_are_refused():
+    ids = torch.arange(3, 8).view(1, 5)
+    with pytest.raises(InputError, match="position_ids"):
+        Backbone(tiny_model())(ids, torch.tensor([[1, 1, 1, 2, 2]]))
 
 
 def test_an_exact_kl_between_different_soft_caps_is_refused():

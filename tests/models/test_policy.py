@@ -5,8 +5,8 @@ import torch
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
-from hybrid.core import InputError
-from hybrid.models import Policy, Reference
+from hybrid.core import IGNORE, Batch, InputError
+from hybrid.models import Policy, Reference, response_stats
 
 
 @pytest.fixture
@@ -16,6 +16,29 @@ def policy():
 
 def test_every_value_is_zero_at_first(policy, tokens):
     assert (policy(*tokens).value == 0).all()
+
+
+def test_a_batchs_log_probs_are_those_of_plain_transformers(policy, tokens):
+    ids, mask = tokens
+    labels = ids.masked_fill(torch.arange(6) < 3, IGNORE)
+    logprob, trained = policy.batch_logprob(Batch(ids, mask, labels))
+    expected = policy.backbone.model(ids).logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
+    assert trained.tolist() == [[False, False, True, True, True]] * 2
+    torch.testing.assert_close(logprob, expected * trained, atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_of_one_token_has_no_log_prob(policy):
+    ids = torch.tensor([[5], [6]])
+    logprob, trained = policy.batch_logprob(Batch(ids, ids > 0, ids))
+    assert logprob.shape == trained.shape == (2, 0)
+
+
+def test_the_entropy_of_a_batch_is_had_with_the_mask_of_its_log_probs(policy, tokens):
+    ids, mask = tokens
+    _, trained = policy.batch_logprob(Batch(ids, mask, ids))
+    stats = response_stats(policy.backbone, policy.backbone(ids, mask), ids, trained, want=("entropy",))
+    expected = torch.distributions.Categorical(logits=policy.backbone.model(ids).logits[:, :-1]).entropy()
+    torch.testing.assert_close(stats.entropy, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_plain_transformers_reads_what_we_save(policy, tokens, tmp_path):

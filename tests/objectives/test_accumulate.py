@@ -66,7 +66,7 @@ class Machine:
 
     def step(self, microbatch_size=None):
         torch.manual_seed(1)  # of the dropout
-        return self.updater([Term("sft", BATCH, self.loss_of, microbatch_size=microbatch_size)])
+        return self.updater([Term("sft", BATCH, self.loss_of, microbatch_size=microbatch_size, section="sft")])
 
     def weights(self):
         return torch.cat([p.detach().flatten() for p in self.module.parameters()])

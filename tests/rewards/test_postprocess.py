@@ -112,7 +112,7 @@ def test_a_state_of_other_types_is_refused(state):
         ([{"type": "clip", "max": float("nan")}], r"^REWARD.postprocess\[0\].max must be finite, got nan$"),
         (
             [{"type": "clp"}],
-            r"^REWARD.postprocess\[0\].type: unknown postprocess 'clp'; did you mean 'clip'\?$",
+            r"^REWARD.postprocess\[0\].type: unknown postprocess 'clp'; did you mean 'clip'\?",
         ),
         ({"type": "scale", "mul": float("inf")}, r"^REWARD.postprocess.mul must be finite, got inf$"),
         ({"type": "ema_normalize", "decay": 1.5}, r"^REWARD.postprocess.decay must lie in \[0, 1\], got 1.5$"),

@@ -24,7 +24,7 @@ def logged(folder, *rows):
 def shown(capsys, total_steps, *rows):
     with RunLog(None, total_steps=total_steps) as log:
         for row in rows:
-            log.step(row)
+            log.step(row, {"sft_loss": "loss"} if row["phase"] == "sft" else {})
     return capsys.readouterr().out
 
 
@@ -87,6 +87,13 @@ def test_console_shows_the_last_number_seen_of_each_phase(capsys):
     rows = {"step": 1, "phase": "sft", "loss": 3.25}, {"step": 2, "phase": "ppo", "reward": 0.5, "kl": 4.0}
     last = shown(capsys, 2, *rows).splitlines()[-1]
     assert last == "ppo  step 2/2  eta 0:00  reward 0.5  kl 4  sft_loss 3.25"
+
+
+def test_console_shows_each_loss_that_it_is_told_of(capsys):
+    row = {"step": 1, "phase": "joint", "kl": 4.0, "own_loss": 2.5, "sft_loss": 1.5, "kl_loss": 9.0}
+    with RunLog(None, total_steps=1) as log:
+        log.step(row, {"own_loss": "own_loss", "sft_loss": "sft_loss", "gone_loss": "gone_loss"})
+    assert capsys.readouterr().out == "joint step 1/1  eta 0:00  kl 4  sft_loss 1.5  own_loss 2.5\n"
 
 
 def test_redirected_console_gets_about_twenty_lines(capsys):
