@@ -12,7 +12,7 @@ from hybrid.rollout import SamplingConfig, ScoreConfig, assemble, collect, from_
 from hybrid.rollout.collect import shaped_score
 
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}  # float32 sums in another order
-SEED = 1
+SEED = 3
 
 
 @pytest.fixture
