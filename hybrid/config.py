@@ -16,7 +16,7 @@ from hybrid.mixing import Strategy, make_strategy
 from hybrid.models import LoraConfig, require
 from hybrid.objectives import GradientConfig, PPOConfig, Precision, SFTConfig, check_objectives
 from hybrid.optim import check_optimizer, check_scheduler, plateau_mode
-from hybrid.rollout import KLConfig, SamplingConfig, ScoreConfig
+from hybrid.rollout import KLConfig, RolloutConfig, SamplingConfig, ScoreConfig
 from hybrid.run import CheckpointConfig, write_file
 
 __all__ = ["HybridConfig", "ModelConfig", "ReferenceConfig", "RunConfig"]
@@ -107,6 +107,7 @@ class HybridConfig:
     ptx_data: DataConfig = field(default_factory=DataConfig)  # a second data set, which strategy ptx trains on
     reward: Any = None
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     kl: KLConfig = field(default_factory=KLConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)

@@ -25,6 +25,8 @@ MAY_CHANGE = (
     "model.gradient_checkpointing",
     "ppo.microbatch_size",
     "sft.microbatch_size",
+    "rollout.cuda_graphs",
+    "rollout.shadow",
     "run.trackers",
     "run.output",
 )

@@ -34,6 +34,7 @@ from hybrid.objectives import (
 from hybrid.rewards import make_reward
 from hybrid.rollout import (
     CollectOptions,
+    Engine,
     Ids,
     SamplingConfig,
     assemble,
@@ -122,6 +123,7 @@ class Learner:
             self.policy, config.optimizer, config.scheduler, config.gradient,
             num_updates=self.num_updates(self.strategy), precision=config.model.precision,
         )  # fmt: skip
+        self.engine = Engine(self.policy, config.rollout)
         self.kl = kl_controller(config.kl)
         self.sampler, self.shuffler, self.speaker = random_streams(config.run.seed, self.policy.device)
         self.objectives = Objectives(self, lambda: vars(self.config))
@@ -254,6 +256,7 @@ class Learner:
                 sampling=self.config.sampling,
                 samples_per_prompt=self.config.ppo.samples_per_prompt,
                 generator=self.sampler,
+                engine=self.engine,
                 allow_gap=self.config.ppo.importance is not None,
                 **self._collect_options(),
             )
@@ -296,7 +299,7 @@ class Learner:
         with self.autocast():
             for start in range(0, len(examples), size):
                 *_, responses = respond(
-                    self.policy, examples[start : start + size], tokenizer=self.tokenizer,
+                    self.engine, examples[start : start + size], tokenizer=self.tokenizer,
                     sampling=sampling, generator=self.speaker,
                 )  # fmt: skip
                 answers += response_texts(self.tokenizer, responses, stop=sampling.stop)
@@ -311,7 +314,7 @@ class Learner:
         with self.autocast():
             return evaluate(
                 self.policy, self.references, self.reward, self.corpus.eval, self.config.eval,
-                tokenizer=self.tokenizer, sampling=self.config.sampling,
+                tokenizer=self.tokenizer, sampling=self.config.sampling, engine=self.engine,
             )  # fmt: skip
 
     def save(self, folder: str | Path) -> None:

@@ -14,7 +14,7 @@ from hybrid.evaluate.text import evaluate_texts
 from hybrid.models import Policy, Reference
 from hybrid.objectives import SFTConfig, sft_batch_loss
 from hybrid.rewards import AllSkipped, Reward
-from hybrid.rollout import SamplingConfig, collect
+from hybrid.rollout import Engine, SamplingConfig, collect
 
 __all__ = ["distinct_n", "evaluate", "evaluate_responses", "evaluate_sft", "sample_rows"]
 
@@ -28,6 +28,7 @@ def evaluate(
     *,
     tokenizer: Any,
     sampling: SamplingConfig,
+    engine: Engine | None = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """All that `config` asks to measure on the held-out examples, and a row for each response that was measured.
 
@@ -42,7 +43,7 @@ def evaluate(
         of_responses, rows = evaluate_responses(
             policy, references, reward, examples[: config.num_prompts],
             tokenizer=tokenizer, sampling=config.sampling(sampling), text_metrics=config.text_metrics,
-            batch_size=config.batch_size, seed=config.seed,
+            batch_size=config.batch_size, seed=config.seed, engine=engine,
         )  # fmt: skip
         metrics |= of_responses
     return metrics, rows
@@ -74,6 +75,7 @@ def evaluate_responses(
     text_metrics: Sequence[str] = (),
     batch_size: int = 32,
     seed: int = 1234,
+    engine: Engine | None = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Answer the examples' prompts as `sampling` says, and measure the answers.
 
@@ -87,7 +89,7 @@ def evaluate_responses(
     generator = torch.Generator(policy.device).manual_seed(seed)
     rollouts = _rollouts(
         policy, references, reward or _Unjudged(), examples,
-        batch_size=batch_size, tokenizer=tokenizer, sampling=sampling, generator=generator,
+        batch_size=batch_size, tokenizer=tokenizer, sampling=sampling, generator=generator, engine=engine,
     )  # fmt: skip
     rows = [row for rollout in rollouts for row in sample_rows(rollout)]
     responses = [row["response"] for row in rows]

@@ -7,6 +7,7 @@ from hybrid.models.heads import ValueHead
 from hybrid.models.policy import VALUE_HEAD_FILE, Policy, PolicyOutput, before_response, response_stats
 from hybrid.models.recompute import recompute_activations
 from hybrid.models.reference import Reference
+from hybrid.models.shadow import Shadow
 
 __all__ = [
     "VALUE_HEAD_FILE",
@@ -15,6 +16,7 @@ __all__ = [
     "Policy",
     "PolicyOutput",
     "Reference",
+    "Shadow",
     "ValueHead",
     "add_lora",
     "before_response",

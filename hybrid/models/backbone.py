@@ -154,6 +154,10 @@ class Backbone(nn.Module):
             self._outside = outside
         self._fitted = id(tokenizer), len(tokenizer)
 
+    def share_vocabulary(self, other: "Backbone") -> None:
+        """Rule out the ids that `other.fit_vocabulary` has ruled out."""
+        self._outside, self._fitted = other._outside, other._fitted
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, D) -> (B, V) float32, soft-capped: for a few positions, never for a whole batch."""
         bias = None if self.head_bias is None else self.head_bias.float()

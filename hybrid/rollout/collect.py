@@ -13,9 +13,10 @@ from hybrid.data import filler_id, left_pad
 from hybrid.functional import kl_estimate, masked_sum, masked_whiten, token_reward
 from hybrid.models import Backbone, Policy, Reference, before_response, response_stats
 from hybrid.rewards import AllSkipped, Reward, RewardOutput
+from hybrid.rollout.engine import Engine
 from hybrid.rollout.gap import check_sampling_gap
 from hybrid.rollout.kl import KLKind
-from hybrid.rollout.sample import Responses, sample
+from hybrid.rollout.sample import Responses
 from hybrid.rollout.sampling import SamplingConfig
 from hybrid.rollout.stop import before_stop, stop_rule
 
@@ -66,12 +67,14 @@ def collect(
     sampling: SamplingConfig | None = None,
     samples_per_prompt: int = 1,
     generator: torch.Generator | None = None,
+    engine: Engine | None = None,
     allow_gap: bool = False,
     **options: Unpack[CollectOptions],
 ) -> Rollout:
     """Answer the batch's prompts, score the answers, and assemble the rollout.
 
     samples_per_prompt: responses to each prompt; they stand together and are one `group`, of the prompt's number.
+    engine: the policy's, which keeps from rollout to rollout what makes it fast; None: one for this rollout alone.
     options: see `CollectOptions`.
     allow_gap: whether the responses may have been drawn from another distribution than the training forward's, as
         where `PPOConfig.importance` corrects for it; else that is a RunStopped (see `check_sampling_gap`).
@@ -86,37 +89,28 @@ def collect(
         backbone.fit_vocabulary(tokenizer)
     with enough_memory("sampling", "Lower ppo.batch_size or sampling.max_new_tokens, or set model.precision=bfloat16"):
         prompt_ids, prompt_mask, responses = respond(
-            policy, examples, tokenizer=tokenizer, sampling=sampling, generator=generator
-        )
+            engine or Engine(policy), asked,
+            tokenizer=tokenizer, sampling=sampling, generator=generator, samples_per_prompt=samples_per_prompt,
+        )  # fmt: skip
     generated = time.perf_counter()
-    hints = [e.prompt_ids[len(e.prompt_ids) - e.num_hint :] for e in examples]
-    texts = response_texts(tokenizer, responses, hints, stop=sampling.stop)
-    prompts, targets = tuple(e.prompt for e in examples), tuple(e.target for e in examples)
-    # A bare prompt comes from no row, and so has no target; a row's may be the empty text.
-    given = [e.target if e.target or e.item else None for e in examples]
-    scores = reward.score(texts, given, prompts, [e.item for e in examples])
+    texts, scores = _judged(reward, examples, responses, tokenizer, sampling.stop)
     kept = _rows_with_a_score(scores, reward)
     scored = time.perf_counter()
     with enough_memory("scoring a rollout", "Lower ppo.microbatch_size, or ppo.minibatch_size where that is not set"):
         rollout = assemble(
-            policy,
-            references,
-            prompt_ids[kept],
-            prompt_mask[kept],
-            responses.of(kept),
-            scores.values[kept],
+            policy, references, prompt_ids[kept], prompt_mask[kept], responses.of(kept), scores.values[kept],
             # Of a greedy response there is no distribution: its log-probs are the model's own.
             temperature=sampling.temperature or 1.0,
-            **options,
             group=torch.tensor([i // samples_per_prompt for i in kept], device=prompt_ids.device),
-        )
+            **options,
+        )  # fmt: skip
     if not allow_gap:
         check_sampling_gap(rollout, policy, sampling)
     return replace(
         rollout,
-        prompts=tuple(prompts[i] for i in kept),
+        prompts=tuple(examples[i].prompt for i in kept),
         responses=tuple(texts[i] for i in kept),
-        targets=tuple(targets[i] for i in kept),
+        targets=tuple(examples[i].target for i in kept),
         components={name: tuple(values[i] for i in kept) for name, values in scores.components.items()},
         reward_metrics=scores.metrics(),
         seconds={
@@ -127,6 +121,17 @@ def collect(
     )
 
 
+def _judged(
+    reward: Reward, examples: Sequence[Encoded], responses: Responses, tokenizer: Any, stop: Sequence[str]
+) -> tuple[list[str], RewardOutput]:
+    """The responses as texts, behind the hints of their examples, and their scores."""
+    hints = [e.prompt_ids[len(e.prompt_ids) - e.num_hint :] for e in examples]
+    texts = response_texts(tokenizer, responses, hints, stop=stop)
+    # A bare prompt comes from no row, and so has no target; a row's may be the empty text.
+    targets = [e.target if e.target or e.item else None for e in examples]
+    return texts, reward.score(texts, targets, [e.prompt for e in examples], [e.item for e in examples])
+
+
 def _rows_with_a_score(scores: RewardOutput, reward: Reward) -> list[int]:
     kept = [i for i, valid in enumerate(scores.valid.tolist()) if valid]
     if not kept:
@@ -135,30 +140,29 @@ def _rows_with_a_score(scores: RewardOutput, reward: Reward) -> list[int]:
 
 
 def respond(
-    policy: Policy,
+    engine: Engine,
     examples: Sequence[Encoded],
     *,
     tokenizer: Any,
     sampling: SamplingConfig,
     generator: torch.Generator | None = None,
+    samples_per_prompt: int = 1,
 ) -> tuple[Tensor, Tensor, Responses]:
-    """Answer the examples' prompts, without dropout: (prompt_ids (B, P), prompt_mask (B, P), responses)."""
-    policy.eval()
-    pad_id = filler_id(tokenizer)
+    """Answer the examples' prompts, without dropout: (prompt_ids (B, P), prompt_mask (B, P), responses).
+
+    Each prompt stands there as often as it is answered.
+    """
+    backbone, pad_id = engine.policy.backbone, filler_id(tokenizer)
     prompt_ids, prompt_mask = left_pad([e.prompt_ids for e in examples], pad_id=pad_id)
-    sampling.check_room(int(prompt_mask.sum(1).max()), policy.backbone.context_length)
-    prompt_ids, prompt_mask = prompt_ids.to(policy.device), prompt_mask.to(policy.device)
-    responses = sample(
-        policy.backbone,
-        prompt_ids,
-        prompt_mask,
-        sampling,
-        eos_ids=policy.backbone.eos_ids(tokenizer),
-        pad_id=pad_id,
-        generator=generator,
+    sampling.check_room(int(prompt_mask.sum(1).max()), backbone.context_length)
+    prompt_ids, prompt_mask = prompt_ids.to(backbone.device), prompt_mask.to(backbone.device)
+    responses = engine.generate(
+        prompt_ids, prompt_mask, sampling,
+        eos_ids=backbone.eos_ids(tokenizer), pad_id=pad_id, repeats=samples_per_prompt, generator=generator,
         is_over=stop_rule(tokenizer, sampling.stop),
-    )
-    return prompt_ids, prompt_mask, responses
+    )  # fmt: skip
+    times = samples_per_prompt
+    return prompt_ids.repeat_interleave(times, 0), prompt_mask.repeat_interleave(times, 0), responses
 
 
 def response_texts(

@@ -1,0 +1,73 @@
+"""What answers prompts: the policy itself, with all that makes it fast."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hybrid.functional import autocast_dtype
+from hybrid.models import Backbone, Policy, Shadow
+from hybrid.rollout.decode import Graphs
+from hybrid.rollout.sample import Responses, sample
+from hybrid.rollout.sampling import SamplingConfig
+
+__all__ = ["Engine", "RolloutConfig"]
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How the sampler is made fast. Each switch leaves the distribution as it is, and the numbers to rounding."""
+
+    shadow: bool = True  # with model.precision bfloat16 or float16: sample from a copy of the matrices in that dtype
+    cuda_graphs: bool = True  # on a GPU: replay a captured step for each token, where the model takes a fixed cache
+
+
+class Engine:
+    """Draws responses from a policy. Owns the shadow of its matrices and the captured steps, both made at first use.
+
+    Every call samples from the policy as it is now.
+    """
+
+    def __init__(self, policy: Policy, config: RolloutConfig | None = None):
+        self.policy, self.config = policy, config or RolloutConfig()
+        self._shadow: Shadow | None = None
+        self._graphs: Graphs | None = None
+
+    def generate(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        sampling: SamplingConfig,
+        *,
+        eos_ids: Sequence[int],
+        pad_id: int = 0,
+        repeats: int = 1,
+        generator: torch.Generator | None = None,
+        is_over: Callable[[Sequence[int]], bool] | None = None,
+    ) -> Responses:
+        """`repeats` responses to each prompt, without dropout; see `sample`."""
+        self.policy.eval()
+        return sample(
+            self._backbone(), prompt_ids, prompt_mask, sampling, eos_ids=eos_ids, pad_id=pad_id, repeats=repeats,
+            generator=generator, is_over=is_over, graphs=self._captured(),
+        )  # fmt: skip
+
+    def _backbone(self) -> Backbone:
+        backbone = self.policy.backbone
+        dtype = autocast_dtype(backbone.device)
+        if not self.config.shadow or dtype is None:
+            return backbone
+        if self._shadow is None or not self._shadow.is_of(backbone, dtype):
+            self._shadow = Shadow(backbone, dtype)
+        else:
+            self._shadow.refresh()
+        self._shadow.backbone.eval()
+        return self._shadow.backbone
+
+    def _captured(self) -> Graphs | None:
+        if not self.config.cuda_graphs or self.policy.device.type != "cuda":
+            return None
+        if self._graphs is None:
+            self._graphs = Graphs()
+        return self._graphs
