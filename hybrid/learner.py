@@ -180,7 +180,7 @@ class Learner:
         rolling = {name for name in coefs if self.objectives[name].rolls_out}
         steps: list[Metrics] = []
         for picked in minibatches(len(learnt), config, self.shuffler):
-            minibatch = learnt[picked.to(self.policy.device)]
+            minibatch = learnt[picked]
             of = self.objectives.next_rows((name for name in coefs if name not in rolling), batches)
             of |= dict.fromkeys(rolling, minibatch)
             steps.append(self.update(self._terms({name: of[name] for name in coefs if name in of}, coefs)))
@@ -378,9 +378,10 @@ class Learner:
         """What `collect` and `assemble` take from the config alike."""
         config = self.config
         size = config.ppo.microbatch_size or config.ppo.minibatch_size
-        return {
+        return {  # rows go through the forwards that PPO's first epoch takes them through: its first ratios are 1
             "score": config.score,
             "kl_coef": 0.0 if config.kl.in_loss else self.kl.coef,
             "kl_kind": config.kl.kind,
-            "microbatch_size": min(size, self.updater.row_limits.get("ppo", size)),  # as PPO's: first ratios are 1
+            "minibatch_size": config.ppo.minibatch_size,
+            "microbatch_size": min(size, self.updater.row_limits.get("ppo", size)),
         }

@@ -13,7 +13,7 @@ from hybrid.core.errors import (
 from hybrid.core.json_text import parse_json
 from hybrid.core.quiet import no_progress_bars
 from hybrid.core.registry import Registry, load_object
-from hybrid.core.types import IGNORE, Batch, Encoded, Example, Rollout
+from hybrid.core.types import IGNORE, Batch, Encoded, Example, Rollout, by_length, extents, microbatches, used_columns
 from hybrid.core.yaml_text import parse_yaml
 
 __all__ = [
@@ -26,15 +26,19 @@ __all__ = [
     "Rollout",
     "RunStopped",
     "build",
+    "by_length",
     "check_seed",
     "enough_memory",
+    "extents",
     "first_line",
     "fits",
     "is_out_of_memory",
     "load_object",
+    "microbatches",
     "no_progress_bars",
     "parameters_of",
     "parse_json",
     "parse_yaml",
     "unknown_name",
+    "used_columns",
 ]

@@ -6,12 +6,13 @@ Shape letters: `B` sequences, `P` prompt tokens, `T` response tokens (in a `Roll
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["IGNORE", "Batch", "Encoded", "Example", "Rollout"]
+__all__ = ["IGNORE", "Batch", "Encoded", "Example", "Rollout", "by_length", "extents", "microbatches", "used_columns"]
 
 IGNORE = -100  # the label of a token that is not trained; transformers' and torch's convention
 
@@ -85,10 +86,25 @@ class Batch:
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
-    def __getitem__(self, rows: slice) -> "Batch":
+    def __getitem__(self, rows: Tensor | slice) -> "Batch":
         """Some rows, for accumulation. `examples` are left out: they belong to the whole."""
         position_ids = None if self.position_ids is None else self.position_ids[rows]
-        return Batch(self.input_ids[rows], self.attention_mask[rows], self.labels[rows], (), position_ids)
+        part = Batch(self.input_ids[rows], self.attention_mask[rows], self.labels[rows], (), position_ids)
+        return _handed_on(self, part, rows)
+
+    @cached_property
+    def extents(self) -> Tensor:
+        """See `extents`: of the tokens and those that are trained. Read from the device once, for all rows together."""
+        return extents(self.attention_mask, self.labels[:, 1:] != IGNORE)
+
+    def trimmed(self) -> "Batch":
+        """Without the padding behind the longest row."""
+        end = int(self.extents[1].max()) if len(self) else 0
+        if end == self.input_ids.shape[1]:
+            return self
+        names = ("input_ids", "attention_mask", "labels", "position_ids")
+        cut: dict[str, Any] = {name: x[:, :end] for name in names if (x := getattr(self, name)) is not None}
+        return _handed_on(self, replace(self, **cut), slice(None))
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with every tensor on `device`."""
@@ -97,7 +113,7 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         """Tokens that are trained: the divisor of the loss. The first token of a row predicts nothing before it."""
-        return int((self.labels[:, 1:] != IGNORE).sum())
+        return int(self.extents[2].sum())
 
 
 @dataclass(frozen=True)
@@ -160,12 +176,33 @@ class Rollout:
             for name, x in tensors.items()
             if isinstance(x, Tensor)
         }
-        return replace(self, **picked, prompts=(), responses=(), targets=(), components={}, reward_metrics={})
+        part = replace(self, **picked, prompts=(), responses=(), targets=(), components={}, reward_metrics={})
+        return _handed_on(self, part, rows)
+
+    @cached_property
+    def extents(self) -> Tensor:
+        """See `extents`: of the tokens and of `mask`. Read from the device once, for all rows together."""
+        return extents(self.attention_mask, self.mask)
+
+    def trimmed(self) -> "Rollout":
+        """Without the padding before the longest prompt and behind the longest response."""
+        total, length = self.input_ids.shape[1], self.mask.shape[1]
+        start, end = used_columns(self.extents, self.prompt_length)
+        if (start, end) == (0, total):
+            return self
+        cut: dict[str, Any] = {name: getattr(self, name)[:, start:end] for name in ("input_ids", "attention_mask")}
+        for f in fields(self):
+            x = getattr(self, f.name)
+            if isinstance(x, Tensor) and f.name not in cut and x.shape[-1:] == (length,) and x.dim() > 1:
+                cut[f.name] = x[..., : length - (total - end)]
+        part = replace(self, **cut)
+        vars(part)["extents"] = self.extents - torch.tensor([[start], [start], [0]])
+        return part
 
     @property
     def num_tokens(self) -> int:
         """Valid response tokens."""
-        return int(self.mask.sum())
+        return int(self.extents[2].sum())
 
     @property
     def prompt_length(self) -> int:
@@ -178,6 +215,44 @@ class Rollout:
 
 
 Record = TypeVar("Record", Batch, Rollout)
+
+
+def extents(attention_mask: Tensor, valid: Tensor) -> Tensor:
+    """(3, B) int64 on the CPU, in one read: each row's first token, the column behind its last, how many are valid.
+
+    attention_mask: (B, L), 0 on padding.   valid: (B, T) bool.
+    """
+    seen = attention_mask != 0
+    columns = torch.arange(1, seen.shape[1] + 1, device=seen.device)
+    end = (seen * columns).amax(1)
+    start = seen.shape[1] - (seen * columns.flip(0)).amax(1)
+    return torch.stack([start, end, valid.sum(1)]).cpu()
+
+
+def by_length(extents: Tensor, size: int | None) -> list[Tensor]:
+    """The rows in groups of at most `size` (None: one group); where there are several, longest first."""
+    num_rows = extents.shape[1]
+    if size is None or size >= num_rows:
+        return [torch.arange(num_rows)]
+    return list((extents[1] - extents[0]).argsort(descending=True, stable=True).split(size))
+
+
+def microbatches(rows: Record, size: int | None) -> list[Record]:
+    """Parts of at most `size` rows of about the same length."""
+    groups = by_length(rows.extents, size)
+    return [rows] if len(groups) == 1 else [rows[group] for group in groups]
+
+
+def used_columns(extents: Tensor, prompt_length: int) -> tuple[int, int]:
+    """From the first token of any row to the last, and always to one behind the prompts."""
+    return int(extents[0].min()), max(int(extents[1].max()), prompt_length + 1)
+
+
+def _handed_on(whole: Record, part: Record, rows: Tensor | slice) -> Record:
+    """The part, with the extents that the whole has read already."""
+    if "extents" in vars(whole):
+        vars(part)["extents"] = whole.extents[:, rows.cpu() if isinstance(rows, Tensor) else rows]
+    return part
 
 
 def _moved(record: Record, device: torch.device | str) -> Record:

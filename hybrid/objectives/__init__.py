@@ -1,6 +1,6 @@
 """Objectives: each says where its rows come from and what their loss is; and the one update that adds them up."""
 
-from hybrid.objectives.accumulate import Loss, Term, accumulate, split
+from hybrid.objectives.accumulate import Loss, Term, accumulate
 from hybrid.objectives.advantages import check_groups, minibatches, rollout_metrics, with_advantages
 from hybrid.objectives.objective import (
     Objective,
@@ -54,7 +54,6 @@ __all__ = [
     "rollout_metrics",
     "scaled_lr",
     "sft_batch_loss",
-    "split",
     "texts_of",
     "update",
     "with_advantages",

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
-from hybrid.core import Batch, Rollout, RunStopped, first_line, is_out_of_memory
+from hybrid.core import Batch, Rollout, RunStopped, first_line, is_out_of_memory, microbatches
 
-__all__ = ["Loss", "Rows", "Term", "accumulate", "split"]
+__all__ = ["Loss", "Metrics", "Rows", "Term", "accumulate", "on_host"]
 
 Rows = TypeVar("Rows", Batch, Rollout)
 Loss = tuple[Tensor, dict[str, Tensor]]
+Metrics = list[tuple[int, dict[str, Tensor]]]  # of each microbatch its number of tokens, and what there is to log
 
 
 @dataclass(frozen=True)
@@ -38,18 +39,12 @@ class Term(Generic[Rows]):
     section: str = ""
 
 
-def split(rows: Rows, size: int | None) -> list[Rows]:
-    """Microbatches of at most `size` rows; None: all rows in one."""
-    size = size or len(rows)
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
 def accumulate(
     optimizer: torch.optim.Optimizer, terms: Sequence[Term[Any]], scaler: GradScaler, row_limits: dict[str, int]
-) -> list[dict[str, float]]:
-    """Leave the gradient of all terms, times the scaler's scale, in the parameters. Returns each term's metrics.
+) -> list[Metrics]:
+    """Leave the gradient of all terms, times the scaler's scale, in the parameters.
 
-    Of a term's microbatches losses are added, `_max` is the maximum, the rest a mean weighted by tokens.
+    Returns each term's metrics, its loss among them, on the device: nothing waits for them here (`on_host`).
     row_limits: rows of a microbatch that the memory has been found to allow, by the term's name. Where it runs out,
         the term's is halved in there, with a warning, and all terms start anew with the same random numbers: the
         gradient is the one that the smaller microbatches give.
@@ -58,29 +53,29 @@ def accumulate(
     random_state = _random_state(optimizer)
     while True:
         optimizer.zero_grad(set_to_none=True)
-        merged = []
+        metrics = []
         for term in terms:
             size = min(term.microbatch_size or len(term.rows), row_limits.get(term.name, len(term.rows)))
             outcome = _attempt(term, size, scaler)
             if isinstance(outcome, str):
                 break
-            merged.append(outcome)
+            metrics.append(outcome)
         else:
-            return merged
+            return metrics
         row_limits[term.name] = _halved(term, size, outcome)
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         _set_random_state(optimizer, random_state)
 
 
-def _attempt(term: Term[Any], size: int, scaler: GradScaler) -> dict[str, float] | str:
+def _attempt(term: Term[Any], size: int, scaler: GradScaler) -> Metrics | str:
     """Add the term's gradient to what is there. Returns its metrics, or what was said where the memory ran out.
 
     The error itself ends here: its traceback would keep the failed forward's tensors in memory.
     """
-    parts: list[tuple[int, dict[str, Tensor]]] = []
+    parts: Metrics = []
     try:
-        for microbatch in split(term.rows, size):
+        for microbatch in microbatches(term.rows, size):
             loss, metrics = term.loss_of(microbatch)
             scaler.scale(term.coef * loss).backward()
             parts.append((microbatch.num_tokens, {"loss": loss.detach(), **metrics}))
@@ -88,7 +83,7 @@ def _attempt(term: Term[Any], size: int, scaler: GradScaler) -> dict[str, float]
         if is_out_of_memory(error):
             return first_line(error)
         raise
-    return _merged(parts)
+    return parts
 
 
 def _halved(term: Term[Any], size: int, failure: str) -> int:
@@ -107,11 +102,26 @@ def _halved(term: Term[Any], size: int, failure: str) -> int:
     return half
 
 
-def _merged(parts: list[tuple[int, dict[str, Tensor]]]) -> dict[str, float]:
+def on_host(terms: Sequence[Metrics], *others: Tensor) -> tuple[list[dict[str, float]], list[float]]:
+    """The terms' metrics and other scalars as numbers, in one read from the device.
+
+    Of a term's microbatches losses are added, `_max` is the maximum, the rest a mean weighted by tokens.
+    """
+    device = others[0].device
+    scalars = [*(x for parts in terms for _, metrics in parts for x in metrics.values()), *others]
+    exact = torch.float32 if device.type == "mps" else torch.float64
+    numbers = iter(torch.stack([torch.as_tensor(x, dtype=exact, device=device) for x in scalars]).tolist())
+    merged = [
+        _merged([(count, {name: next(numbers) for name in metrics}) for count, metrics in parts]) for parts in terms
+    ]
+    return merged, list(numbers)
+
+
+def _merged(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
     total = max(sum(count for count, _ in parts), 1)
     merged = {}
     for name in parts[0][1]:
-        values = [float(metrics[name]) for _, metrics in parts]
+        values = [metrics[name] for _, metrics in parts]
         if name.endswith("loss"):
             merged[name] = sum(values)
         elif name.endswith("_max"):

@@ -112,7 +112,7 @@ class Objective(ABC, Generic[Rows]):
         def loss(part: Rows) -> Loss:
             self.parts.policy.train(self.dropout)
             with self.parts.autocast():
-                return loss_of(part)
+                return loss_of(part.trimmed())
 
         return Term(self.label or self.name, rows, loss, coef, self.microbatch_size, self.lr_factor, self.section)
 

@@ -77,7 +77,7 @@ def ppo_batch_loss(
         reward.
     divisors: those of the whole optimizer step, where these rows are a part of it.
     Returns `(loss, metrics)`. Metrics ending in `loss` add up over the parts; the others are token means
-    (ratio_max a maximum).
+    (ratio_max a maximum). The first ratios are exactly 1 for rows that were scored together, if they are `trimmed()`.
     """
     if rollout.advantage is None or (config.has_critic and rollout.return_ is None):
         raise ValueError("ppo_batch_loss: the rollout has no advantages; call with_advantages(rollout, config) first")

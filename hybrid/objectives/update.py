@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.amp import GradScaler
 
-from hybrid.objectives.accumulate import Term, accumulate
+from hybrid.objectives.accumulate import Term, accumulate, on_host
 
 __all__ = ["GradientConfig", "over_updates", "scaled_lr", "update"]
 
@@ -51,15 +51,19 @@ def update(
     gradient alone was not finite and the scale has been halved for it, which float16 needs now and then.
     """
     scaler = scaler or GradScaler(enabled=False)
-    merged = accumulate(optimizer, terms, scaler, {} if row_limits is None else row_limits)
+    of_terms = accumulate(optimizer, terms, scaler, {} if row_limits is None else row_limits)
+    scaler.unscale_(optimizer)
+    norm = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+    # What to do with the gradient is decided on the host: the one place of an update that waits for a GPU.
+    merged, (grad_norm,) = on_host(of_terms, norm)
+    if grad_norm > max_grad_norm:
+        nn.utils.clip_grads_with_norm_(module.parameters(), max_grad_norm, norm)
     metrics: dict[str, float] = {}
     for term, of_term in zip(terms, merged, strict=True):
         if len(terms) > 1:
             metrics[f"{term.name}_loss"] = of_term["loss"]
         metrics |= of_term
     loss = sum(term.coef * of_term["loss"] for term, of_term in zip(terms, merged, strict=True))
-    scaler.unscale_(optimizer)
-    grad_norm = float(nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm))
     finite = math.isfinite(grad_norm) and math.isfinite(loss)
     total = sum(term.coef for term in terms)
     with scaled_lr(optimizer, sum(term.coef / total * term.lr_factor for term in terms)):

@@ -30,6 +30,7 @@ KEYS = COMMON | {
     "t_alpha": Key(None, "count", "> 0"),  # steps over which alpha_mix grows from 0
     "t_beta3": Key(None, "count", "> 0"),  # steps over which beta3 grows from beta1
     "eps": Key(1e-8),
+    "fused": Key(True, "flag"),  # one pass over the weights instead of fourteen, where torch has that for the device
     "initial_accumulator_value": Key(0.0),
     "lr_decay": Key(0.0),
     "alpha": Key(0.99, limits="[0, 1)"),
@@ -86,12 +87,19 @@ class OptimizerRow:
             for argument, key in self.arguments.items()
         } | dict(self.constants)
         make = loaded(self.name, self.path)
+        if "fused" in kwargs:
+            kwargs["fused"] = kwargs["fused"] and all(
+                p.device.type in FUSES for group in groups for p in group["params"]
+            )
         if self.backend == "bitsandbytes":
             try_step(self.name, make, kwargs, [p for group in groups for p in group["params"]])
         return make(groups, lr=lr, **kwargs)
 
 
+# Devices for which torch >= 2.7 has Adam in one pass.
+FUSES = ("cpu", "cuda")
 ADAM: Arguments = {"betas": ("beta1", "beta2"), "eps": "eps"}
+FUSED_ADAM: Arguments = {**ADAM, "fused": "fused"}
 LION: Arguments = {"betas": ("beta1", "beta2")}
 ADEMAMIX: Arguments = {
     "betas": ("beta1", "beta2", "beta3"),
@@ -114,8 +122,8 @@ ADAFACTOR: Arguments = {
 
 
 TORCH_ROWS = [
-    OptimizerRow("adamw", "torch.optim:AdamW", "Adam with decoupled weight decay", ADAM),
-    OptimizerRow("adam", "torch.optim:Adam", "Adam; its weight decay is added to the gradient", ADAM),
+    OptimizerRow("adamw", "torch.optim:AdamW", "Adam with decoupled weight decay", FUSED_ADAM),
+    OptimizerRow("adam", "torch.optim:Adam", "Adam; its weight decay is added to the gradient", FUSED_ADAM),
     OptimizerRow("adamax", "torch.optim:Adamax", "Adam with the infinity norm", ADAM),
     OptimizerRow("radam", "torch.optim:RAdam", "Adam with a rectified, warm-up-free start", ADAM),
     OptimizerRow("adagrad", "torch.optim:Adagrad", "rates shrink with the sum of squared gradients", ADAGRAD),

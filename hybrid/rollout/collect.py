@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any, TypedDict, Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hybrid.core import Batch, Encoded, InputError, Rollout, enough_memory
+from hybrid.core import Batch, Encoded, InputError, Rollout, by_length, enough_memory, extents, used_columns
 from hybrid.data import filler_id, left_pad
 from hybrid.functional import kl_estimate, masked_sum, masked_whiten, token_reward
 from hybrid.models import Backbone, Policy, Reference, before_response, response_stats
@@ -47,13 +47,14 @@ class CollectOptions(TypedDict, total=False):
 
     score: what happens to the scores.   kl_coef: the weight of the per-token KL in the reward; 0 where the KL belongs
         into the loss.   kl_kind: its estimate.
-    microbatch_size: rows of one scoring forward; None: all. Where PPO's first epoch uses the same, its first ratios are
-        exactly 1: the same rows went through the same products.
+    minibatch_size, microbatch_size: rows of one update, and of one forward in it; None: all. Where PPO's are the same,
+        its first ratios are exactly 1: in its first epoch the same rows go through the same products.
     """
 
     score: ScoreConfig | None
     kl_coef: float
     kl_kind: KLKind
+    minibatch_size: int | None
     microbatch_size: int | None
 
 
@@ -200,6 +201,7 @@ def assemble(
     temperature: float = 1.0,
     kl_coef: float = 0.0,
     kl_kind: KLKind = "k1",
+    minibatch_size: int | None = None,
     microbatch_size: int | None = None,
     group: Tensor | None = None,
 ) -> Rollout:
@@ -216,14 +218,20 @@ def assemble(
     longest, context = int(attention_mask.sum(1).max()), policy.backbone.context_length
     if context is not None and longest > context:
         raise InputError(f"a prompt with its response has {longest} tokens, the model's context is {context}")
-    size = microbatch_size or len(input_ids)
-    parts = [
-        _scored(policy, references, input_ids[i : i + size], attention_mask[i : i + size],
-                responses.mask[i : i + size], temperature, kl_kind)
-        for i in range(0, len(input_ids), size)
-    ]  # fmt: skip
+    used, (prompt, total) = extents(attention_mask, responses.mask), (prompt_ids.shape[1], input_ids.shape[1])
+    groups = _forwards(used, minibatch_size, microbatch_size)
+    parts = []
+    for rows in groups:
+        # What only padding is in goes through no forward.
+        start, end = used_columns(used[:, rows], prompt)
+        columns = input_ids[rows, start:end], attention_mask[rows, start:end], responses.mask[rows, : end - prompt]
+        scored = _scored(policy, references, *columns, temperature, kl_kind)
+        parts.append({name: nn.functional.pad(x, (0, total - end)) for name, x in scored.items()})
+    back = torch.cat(groups).argsort().to(input_ids.device)
     # Each part's tensors end in (rows, T); references, where there are any, stand in front.
-    stats: dict[str, Any] = {name: torch.cat([part[name] for part in parts], -2) for name in parts[0]}
+    stats: dict[str, Any] = {
+        name: torch.cat([part[name] for part in parts], -2).index_select(-2, back) for name in parts[0]
+    }
     scores = scores.to(input_ids.device)
     reward = token_reward(
         shaped_score(scores, responses.mask, responses.ended, score or ScoreConfig()),
@@ -244,6 +252,12 @@ def assemble(
         sampling_logprob=responses.logprob,
         **stats,
     )
+
+
+def _forwards(extents: Tensor, minibatch_size: int | None, microbatch_size: int | None) -> list[Tensor]:
+    """The rows of each forward, as the first epoch's updates group them."""
+    chunks = torch.arange(extents.shape[1]).split(minibatch_size or microbatch_size or extents.shape[1])
+    return [chunk[group] for chunk in chunks for group in by_length(extents[:, chunk], microbatch_size)]
 
 
 def _backbones(policy: Policy, references: Sequence[Reference]) -> list[Backbone]:
@@ -276,7 +290,7 @@ def _scored(
     temperature: float,
     kl_kind: KLKind,
 ) -> dict[str, Tensor]:
-    """One microbatch under the policy and every reference: each (B, T), ref_logprob (R, B, T)."""
+    """Some rows under the policy and every reference: each (B, T), ref_logprob (R, B, T)."""
     out = policy(input_ids, attention_mask)
     stats = response_stats(
         policy.backbone, out.hidden, input_ids, mask, temperature=temperature, want=("logprob", "entropy")

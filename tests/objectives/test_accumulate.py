@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hybrid.core import Encoded, RunStopped
+from hybrid.core import Encoded, RunStopped, microbatches
 from hybrid.data import collate
 from hybrid.objectives import GradientConfig, Term, Updater, update
 
@@ -30,10 +30,10 @@ def test_metrics_of_microbatches_are_weighted_by_tokens_losses_added_maxima_kept
         loss, other = (torch.tensor(x) for x in next(values))
         return weight * 0 + loss, {"entropy": other, "ratio_max": other}
 
-    batch = batch_of(3, 7)  # 2 and 6 trained tokens
+    batch = batch_of(7, 3)  # 6 and 2 trained tokens; the longest row comes first
     metrics = update(module, torch.optim.SGD([weight], lr=0.1), [Term("sft", batch, loss_of, microbatch_size=1)])
     assert metrics["loss"] == 3.0
-    assert metrics["entropy"] == pytest.approx((2 * 10 + 6 * 30) / 8)
+    assert metrics["entropy"] == pytest.approx((6 * 10 + 2 * 30) / 8)
     assert metrics["ratio_max"] == 30.0
 
 
@@ -142,3 +142,16 @@ def test_the_failed_forward_holds_no_memory_when_the_next_begins():
     refs = []
     machine.updater([Term("sft", BATCH, watched)])
     assert alive[1] == [False]
+
+
+def test_microbatches_hold_rows_of_like_length_and_lose_no_row():
+    parts = microbatches(BATCH, 3)
+    lengths = [part.attention_mask.sum(1).tolist() for part in parts]
+    assert lengths == [[9, 8, 7], [6, 5, 4], [3, 2]]
+    for part in parts:
+        for ids, mask in zip(part.trimmed().input_ids, part.trimmed().attention_mask, strict=True):
+            assert ids[mask].tolist() in [
+                row[seen].tolist() for row, seen in zip(BATCH.input_ids, BATCH.attention_mask, strict=True)
+            ]
+        assert part.trimmed().input_ids.shape[1] == part.attention_mask.sum(1).max()
+    assert sum(part.num_tokens for part in parts) == BATCH.num_tokens

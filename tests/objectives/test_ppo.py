@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_policy
 
-from hybrid.core import Encoded
+from hybrid.core import Encoded, microbatches
 from hybrid.functional import gae, masked_whiten
 from hybrid.models import Policy, Reference
-from hybrid.objectives import Divisors, PPOConfig, minibatches, ppo_batch_loss, rollout_metrics, split, with_advantages
+from hybrid.objectives import Divisors, PPOConfig, minibatches, ppo_batch_loss, rollout_metrics, with_advantages
 from hybrid.rewards import make_reward
 from hybrid.rollout import SamplingConfig, collect
 
@@ -30,7 +30,7 @@ def rollout(policy, tokenizer):
     reference = Reference.from_policy(Policy(tiny_model("llama", seed=1)))
     return collect(
         policy, [reference], make_reward(lambda response: float(len(response))), rows, tokenizer=tokenizer,
-        sampling=SamplingConfig(max_new_tokens=24, temperature=1.3), kl_coef=0.1, microbatch_size=2,
+        sampling=SamplingConfig(max_new_tokens=24, temperature=1.3), kl_coef=0.1, minibatch_size=2,
         generator=generator,
     )  # fmt: skip
 
@@ -47,7 +47,7 @@ def test_the_first_minibatch_has_ratio_one_exactly(policy, rollout):
     config = PPOConfig(batch_size=6, minibatch_size=2)
     rollout = with_advantages(rollout, config)
     rows = next(minibatches(len(rollout), config))
-    _, metrics = ppo_batch_loss(policy, rollout[rows], config)
+    _, metrics = ppo_batch_loss(policy, rollout[rows].trimmed(), config)
     assert metrics["ratio_max"] == metrics["ratio_mean"] == 1.0
     assert metrics["approx_kl"] == 0.0
     assert metrics["policy_clip_fraction"] == 0.0
@@ -57,7 +57,7 @@ def test_every_ratio_of_the_first_epoch_is_one_before_any_update(policy, rollout
     config = PPOConfig(batch_size=6, minibatch_size=2, epochs=1)
     rollout = with_advantages(rollout, config)
     for rows in minibatches(len(rollout), config):
-        assert ppo_batch_loss(policy, rollout[rows], config)[1]["ratio_max"] == 1.0
+        assert ppo_batch_loss(policy, rollout[rows].trimmed(), config)[1]["ratio_max"] == 1.0
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
@@ -66,7 +66,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_minibatch(policy, rollout,
     config = PPOConfig(batch_size=6, minibatch_size=6, aggregation=aggregation, entropy_coef=0.01)
     rollout = with_advantages(rollout, config)
     whole = gradients(policy, [rollout], config, rollout)
-    for name, gradient in gradients(policy, split(rollout, size), config, rollout).items():
+    for name, gradient in gradients(policy, microbatches(rollout, size), config, rollout).items():
         torch.testing.assert_close(gradient, whole[name], **CLOSE)
 
 

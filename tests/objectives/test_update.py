@@ -5,9 +5,10 @@ import torch
 from tiny import tiny_examples, tiny_model
 from torch.utils._pytree import tree_leaves
 
+from hybrid.core import microbatches
 from hybrid.data import collate, pack
 from hybrid.models import Policy
-from hybrid.objectives import GradientConfig, SFTConfig, Term, over_updates, scaled_lr, sft_batch_loss, split, update
+from hybrid.objectives import GradientConfig, SFTConfig, Term, over_updates, scaled_lr, sft_batch_loss, update
 from hybrid.optim import make_optimizer
 
 
@@ -16,9 +17,9 @@ def policy():
     return Policy(tiny_model("llama")).eval()
 
 
-def gradients(policy, microbatches, num_tokens):
+def gradients(policy, parts, num_tokens):
     policy.zero_grad()
-    for microbatch in microbatches:
+    for microbatch in parts:
         sft_batch_loss(policy, microbatch, SFTConfig(), num_tokens=num_tokens)[0].backward()
     return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
 
@@ -28,7 +29,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(policy, size):
     # Rows of very different lengths: a mean of means would be far off.
     batch = collate(tiny_examples(3, 12, 5, 9, 4), pad_id=0)
     whole = gradients(policy, [batch], None)
-    parts = gradients(policy, split(batch, size), batch.num_tokens)
+    parts = gradients(policy, microbatches(batch, size), batch.num_tokens)
     for name, gradient in whole.items():
         torch.testing.assert_close(parts[name], gradient, atol=1e-6, rtol=1e-5)
 

@@ -183,7 +183,23 @@ def test_listings_have_every_alias_once_and_a_summary():
         "beta1": 0.9,
         "beta2": 0.999,
         "eps": 1e-8,
+        "fused": True,
         "weight_decay": 0.01,
         "decay_all": False,
         "value_head_lr": None,
     }
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_the_fused_step_is_the_plain_one(name):
+    runs = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(70, 30))
+        optimizer = make_optimizer([weight], name, 1e-2, {"FUSED": fused, "WEIGHT_DECAY": 0.1})
+        assert optimizer.defaults["fused"] is fused
+        for step in range(5):
+            weight.grad = torch.sin(weight.detach() * (step + 1))
+            optimizer.step()
+        runs.append(weight.detach())
+    torch.testing.assert_close(*runs, rtol=0, atol=1e-6)  # float32
