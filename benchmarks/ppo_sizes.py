@@ -75,6 +75,8 @@ def write_model(folder: Path, size: Size, *, seed: int, device: str) -> None:
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()  # the GPU is the contenders'
     tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(size.vocabulary)}))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -24,12 +24,14 @@ def test_an_iteration_is_counted_by_hand():
 def test_the_meter_counts_what_the_policy_embeds_with_a_gradient_and_the_optimizers_steps():
     model = tiny_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    meter = Meter(model, optimizer, "cpu")
+    meter = Meter(model, optimizer, JOB)
     prompts = torch.tensor(JOB.prompts)
     meter.begin()
     with torch.no_grad():
-        model(prompts)
+        # Two rows, then one: of what an engine drew, the policy sees the prompts only when it scores.
+        model(torch.cat([prompts, prompts], 1)[:2])
         meter.generated(12)
+        model(prompts[2:])
         model(prompts)
     model(torch.cat([prompts, prompts], 1)).logits.sum().backward()
     optimizer.step()

@@ -20,7 +20,7 @@ def main() -> None:
 
     trainer = HybridTrainer(tokenizer=endless_tokenizer(job.model), reward=reward, config=config(job))
     iteration = ITERATIONS[job.rollout](trainer, job, reward)
-    meter = Meter(trainer.policy.backbone.model, trainer.optimizer, job.device)
+    meter = Meter(trainer.policy.backbone.model, trainer.optimizer, job)
     drawn.append(meter.generated)
     for _ in line.iterations(meter):
         iteration()

@@ -95,17 +95,20 @@ class Meter:
 
     Phase `generate` ends where the contender calls `generated`, `score` (rewards, scoring, advantages) with the first
     forward pass that has a gradient, `update` with the iteration.
-    model: the policy.   trained_tokens are those that it embeds with a gradient.
+    model: the policy.   trained_tokens are those that it embeds with a gradient, prompt_ids those that begin the first
+        rows that it embeds without.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: str):
-        self.device = torch.device(device)
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, job: Job):
+        self.device = torch.device(job.device)
+        self._prompts_shape = len(job.prompts), len(job.prompts[0])
         model.get_input_embeddings().register_forward_pre_hook(self._embed)
         optimizer.register_step_post_hook(self._step)
         self.begin()
 
     def begin(self) -> None:
         self._counts = {"prompt_ids": 0, "generated_tokens": 0, "trained_tokens": 0, "updates": 0}
+        self._num_prompts = 0
         self._marks = {"begin": self._now()}
 
     def generated(self, num_tokens: int) -> None:
@@ -135,8 +138,9 @@ class Meter:
             if "score" not in self._marks:
                 self._marks["score"] = self._now()
             self._counts["trained_tokens"] += inputs[0].numel()
-        elif not self._counts["prompt_ids"]:
-            self._counts["prompt_ids"] = int((inputs[0] + 1).sum())
+        elif self._num_prompts < self._prompts_shape[0]:
+            self._num_prompts += len(inputs[0])
+            self._counts["prompt_ids"] += int((inputs[0][:, : self._prompts_shape[1]] + 1).sum())
 
     def _step(self, *_: Any) -> None:
         self._counts["updates"] += 1

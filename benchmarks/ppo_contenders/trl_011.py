@@ -12,7 +12,7 @@ def main() -> None:
     line = Line("trl", "accelerate")
     job = line.job
     trainer = made(job)
-    meter = Meter(trainer.model.pretrained_model, trainer.optimizer.optimizer, job.device)
+    meter = Meter(trainer.model.pretrained_model, trainer.optimizer.optimizer, job)
     queries = [torch.tensor(ids) for ids in job.prompts]
     for _ in line.iterations(meter):
         responses = trainer.generate(

@@ -22,7 +22,7 @@ def main() -> None:
     job = line.job
     with tempfile.TemporaryDirectory() as folder:
         trainer = made(job, folder)
-        meter = Meter(trainer.policy_model, trainer.optimizer.optimizer, job.device)
+        meter = Meter(trainer.policy_model, trainer.optimizer.optimizer, job)
         drawn = ppo_trainer.batch_generation
 
         def batch_generation(*given: Any) -> tuple[Tensor, Tensor]:
