@@ -67,6 +67,7 @@ def parsed() -> argparse.Namespace:
     add("--trl-python", help="an interpreter that has TRL, instead of those environments; with --gpu: this one")
     add("--gpu", action="store_true", help="on the GPU")
     add("--limit", type=float, help="begin no round that may end later than so many seconds; with --gpu: 330")
+    add("--output", type=Path, default=ROOT / "benchmarks" / "results", help="the results' folder")
     add("--quick", action="store_true", help="one round, writes nothing")
     arguments = parser.parse_args()
     arguments.device = "cuda" if arguments.gpu else "cpu"
@@ -74,6 +75,8 @@ def parsed() -> argparse.Namespace:
     arguments.trl_python = arguments.trl_python or (sys.executable if arguments.gpu else None)
     arguments.limit = arguments.limit or (330.0 if arguments.gpu else float("inf"))
     arguments.rounds = 1 if arguments.quick else arguments.rounds
+    if arguments.gpu and not torch.cuda.is_available():
+        parser.error("--gpu: this machine has no CUDA device")
     try:
         for name in arguments.contenders or ():
             Contender(name).check()
@@ -193,9 +196,9 @@ def write(size: str, rows: list[dict[str, Any]], arguments: argparse.Namespace) 
         "threads": arguments.threads,
         "seed": SEED,
     }
-    file = ROOT / "benchmarks" / "results" / f"ppo_step-{size}-{about['device']}.json"
+    file = arguments.output / f"ppo_step-{size}-{about['device']}.json"
     file.write_text(json.dumps({**about, "settings": vars(SIZES[size]), "rows": rows}, indent=1) + "\n")
-    print(f"wrote {file.relative_to(ROOT)}")
+    print(f"wrote {file}")
 
 
 if __name__ == "__main__":

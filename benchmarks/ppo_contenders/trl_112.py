@@ -4,6 +4,7 @@ Its options are fields of `PPOConfig`. Its loop cannot be called for one iterati
 it asks for waits for the request.
 """
 
+import os
 import tempfile
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -66,6 +67,9 @@ class EvenIds(nn.Module):
 
 def made(job: Job, folder: str) -> PPOTrainer:
     rows = len(job.prompts)
+    if job.fields.get("bf16"):
+        # It makes an Accelerator that is not told of `bf16`: with transformers 5 all of it would stay in float32.
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     settings = {
         "output_dir": folder,
         # It makes a rollout of per_device_train_batch_size * gradient_accumulation_steps rows, and a step of the
