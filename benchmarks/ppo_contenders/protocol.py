@@ -1,0 +1,176 @@
+"""What the contenders of ppo_step.py share: the job they are given, the lines they are asked by, clock and counts.
+
+A contender is a script that runs under an interpreter of its own. It gets a `Job` as its argument, says "ready", then
+makes one PPO iteration for each line that it reads, and answers each with a line of JSON.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["KL_COEF", "LEARNING_RATE", "Job", "Line", "Meter", "endless_tokenizer", "rewards"]
+
+# The same for all; what they are changes no time.
+LEARNING_RATE, KL_COEF = 1e-6, 0.05
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is measured.
+
+    model: the folder with the model's files.   prompts: ids, all of one length; every iteration answers all of them.
+    options: KEY=VALUE each, over the contender's own config.   rollout: what draws ours: own, generate or vllm.
+    """
+
+    model: str
+    prompts: list[list[int]]
+    response_length: int
+    epochs: int
+    minibatch_size: int
+    device: str
+    seed: int = 0
+    options: tuple[str, ...] = ()
+    rollout: str = "own"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What an iteration must come to; `prompt_ids` is a checksum."""
+        rows, length = len(self.prompts), len(self.prompts[0]) + self.response_length
+        return {
+            "prompt_ids": sum(id + 1 for ids in self.prompts for id in ids),
+            "generated_tokens": rows * self.response_length,
+            "trained_tokens": self.epochs * rows * length,
+            "updates": self.epochs * -(-rows // self.minibatch_size),
+        }
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The options by name; a value that is JSON is what JSON says."""
+        return {key: _parsed(value) for key, value in (option.split("=", 1) for option in self.options)}
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts as the model's tokenizer writes them."""
+        return [" ".join(map(str, ids)) for ids in self.prompts]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def _parsed(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def rewards(responses: Sequence[str]) -> list[float]:
+    """The share of even ids in each response; a word is an id."""
+    return [sum(int(word) % 2 == 0 for word in text.split()) / len(text.split()) for text in responses]
+
+
+def endless_tokenizer(folder: str) -> Any:
+    """The folder's, with an EOS and a padding that no token has: so responses have full length, whoever draws them."""
+    from transformers import PreTrainedTokenizerFast
+
+    size = len(PreTrainedTokenizerFast.from_pretrained(folder))
+
+    class Endless(PreTrainedTokenizerFast):  # type: ignore[misc]
+        pad_token, eos_token, pad_token_id, eos_token_id = "none", "none", size, size
+
+    return Endless.from_pretrained(folder)
+
+
+class Meter:
+    """Seconds by phase, counts and peak memory of one iteration.
+
+    Phase `generate` ends where the contender calls `generated`, `score` (rewards, scoring, advantages) with the first
+    forward pass that has a gradient, `update` with the iteration.
+    model: the policy.   trained_tokens are those that it embeds with a gradient, prompt_ids those that begin the first
+        rows that it embeds without.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, job: Job):
+        self.device = torch.device(job.device)
+        self._prompts_shape = len(job.prompts), len(job.prompts[0])
+        model.get_input_embeddings().register_forward_pre_hook(self._embed)
+        optimizer.register_step_post_hook(self._step)
+        self.begin()
+
+    def begin(self) -> None:
+        self._counts = {"prompt_ids": 0, "generated_tokens": 0, "trained_tokens": 0, "updates": 0}
+        self._num_prompts = 0
+        self._marks = {"begin": self._now()}
+
+    def generated(self, num_tokens: int) -> None:
+        self._marks["generate"] = self._now()
+        self._counts["generated_tokens"] += num_tokens
+
+    def end(self) -> dict[str, Any]:
+        self._marks["update"] = self._now()
+        names = list(self._marks)
+        parts = {b: self._marks[b] - self._marks[a] for a, b in pairwise(names)}
+        return {"seconds": {**parts, "all": sum(parts.values())}, "peak_mib": self._peak_mib(), "counts": self._counts}
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _peak_mib(self) -> float:
+        """Of the process since its start: resident, or allocated on the GPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+
+    def _embed(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if torch.is_grad_enabled():
+            if "score" not in self._marks:
+                self._marks["score"] = self._now()
+            self._counts["trained_tokens"] += inputs[0].numel()
+        elif self._num_prompts < self._prompts_shape[0]:
+            self._num_prompts += len(inputs[0])
+            self._counts["prompt_ids"] += int((inputs[0][:, : self._prompts_shape[1]] + 1).sum())
+
+    def _step(self, *_: Any) -> None:
+        self._counts["updates"] += 1
+
+
+class Line:
+    """The contender's end of the line to ppo_step.py. Owns stdout: what else is printed goes to stderr."""
+
+    def __init__(self, *packages: str):
+        self._pipe = os.fdopen(os.dup(1), "w", buffering=1)
+        os.dup2(2, 1)
+        self._packages = packages
+        given = json.loads(sys.argv[1])
+        self.job = Job(**{**given, "options": tuple(given["options"])})
+        torch.manual_seed(self.job.seed)
+
+    def iterations(self, meter: Meter) -> Iterator[None]:
+        """Yields for each request; what is done until the next one is taken is the iteration."""
+        self._write({"ready": {package: _version(package) for package in ("torch", "transformers", *self._packages)}})
+        for _ in sys.stdin:
+            meter.begin()
+            yield
+            self._write(meter.end())
+
+    def _write(self, answer: dict[str, Any]) -> None:
+        self._pipe.write(json.dumps(answer) + "\n")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

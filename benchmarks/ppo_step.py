@@ -1,0 +1,205 @@
+"""One PPO iteration by phase: ours beside TRL's two PPO trainers, by turns in one run.
+
+    python benchmarks/ppo_step.py                             # on the CPU: tiny, mid and SmolLM2's shape
+    python benchmarks/ppo_step.py --contenders ours ours:model.precision=bfloat16 --sizes mid
+    python benchmarks/ppo_step.py --gpu --sizes gpt2          # one size a command, at most 6 minutes
+
+All contenders get the same model files and prompts, and must report the same numbers of tokens drawn, tokens trained on
+and optimizer steps in every round, or the run ends. Prints one table, and writes a file for each size:
+benchmarks/results/ppo_step-SIZE-DEVICE.json.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+# A script's own folder comes first on the path, and transformers imports a package called `kernels`, not our file.
+if Path(sys.path[0]).resolve() == ROOT / "benchmarks":
+    sys.path[0] = str(ROOT)
+
+from benchmarks.kernels import table  # noqa: E402
+from benchmarks.ppo_contenders.protocol import Job  # noqa: E402
+from benchmarks.ppo_environments import environment, interpreter  # noqa: E402
+from benchmarks.ppo_process import Contender, Failed, Process  # noqa: E402
+from benchmarks.ppo_sizes import SIZES, Size, write_model  # noqa: E402
+from benchmarks.stamp import stamp  # noqa: E402
+
+SEED = 0
+ON_CPU = ["ours", "trl-0.11.4", "trl-1.12.0"]
+ON_GPU = ["ours", "ours:model.precision=bfloat16", "ours+generate", "ours+vllm", "trl-1.12.0", "trl-1.12.0:bf16=true"]
+LARGE_ON_GPU = ["ours:model.precision=bfloat16", "trl-1.12.0:bf16=true"]
+PHASES = ("generate", "score", "update", "all")
+COLUMNS = ["size", "contender", *(f"{phase} s" for phase in PHASES), "fastest", "slowest", "x ours", "peak MiB"]
+
+
+def main() -> None:
+    arguments = parsed()
+    began = time.perf_counter()
+    torch.set_num_threads(arguments.threads)
+    rows = []
+    for name in arguments.sizes:
+        names = arguments.contenders or defaults(SIZES[name], arguments.device)
+        measured = measure(name, [Contender(one) for one in names], arguments, began)
+        rows += measured
+        if not arguments.quick:
+            write(name, measured, arguments)
+    print(table([in_table(row) for row in rows], COLUMNS))
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--sizes", nargs="+", choices=SIZES, help="default: tiny mid smollm2; with --gpu: gpt2")
+    add("--contenders", nargs="+", metavar="NAME[:KEY=VALUE,...]", help="ours, ours+generate, ours+vllm, trl-0.11.4, "
+        "trl-1.12.0, each with settings of its own config; `x ours` is over the first of ours")  # fmt: skip
+    add("--options", nargs="+", default=[], metavar="KEY=VALUE", help="settings of HybridConfig, for all of ours")
+    add("--rounds", type=int, default=5, help="iterations of each that are measured, after one that is not")
+    add("--threads", type=int, default=2, help="of each contender")
+    add("--env-dir", type=Path, default=Path.home() / ".cache" / "hybrid-bench", help="where TRL's environments are")
+    add("--trl-python", help="an interpreter that has TRL, instead of those environments; with --gpu: this one")
+    add("--gpu", action="store_true", help="on the GPU")
+    add("--limit", type=float, help="begin no round that may end later than so many seconds; with --gpu: 330")
+    add("--output", type=Path, default=ROOT / "benchmarks" / "results", help="the results' folder")
+    add("--quick", action="store_true", help="one round, writes nothing")
+    arguments = parser.parse_args()
+    arguments.device = "cuda" if arguments.gpu else "cpu"
+    arguments.sizes = arguments.sizes or (["gpt2"] if arguments.gpu else ["tiny", "mid", "smollm2"])
+    arguments.trl_python = arguments.trl_python or (sys.executable if arguments.gpu else None)
+    arguments.limit = arguments.limit or (330.0 if arguments.gpu else float("inf"))
+    arguments.rounds = 1 if arguments.quick else arguments.rounds
+    if arguments.gpu and not torch.cuda.is_available():
+        parser.error("--gpu: this machine has no CUDA device")
+    try:
+        for name in arguments.contenders or ():
+            Contender(name).check()
+    except ValueError as error:
+        parser.error(str(error))
+    return arguments
+
+
+def defaults(size: Size, device: str) -> list[str]:
+    if device == "cpu":
+        return ON_CPU
+    return LARGE_ON_GPU if size.is_large else ON_GPU
+
+
+def measure(
+    name: str, contenders: list[Contender], arguments: argparse.Namespace, began: float
+) -> list[dict[str, Any]]:
+    """A row for each contender that runs; says which do not, and why."""
+    size = SIZES[name]
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        write_model(model, size, seed=SEED, device=arguments.device)
+        job = Job(
+            str(model), size.prompts(SEED), size.response_length, size.epochs, size.minibatch_size,
+            arguments.device, SEED,
+        )  # fmt: skip
+        processes = started(contenders, job, arguments, Path(folder))
+        rounds = by_turns(processes, arguments.rounds, began + arguments.limit)
+        for process in processes:
+            process.close()
+    rows = [
+        row(name, process, rounds[process.contender.name]) for process in processes if process.contender.name in rounds
+    ]
+    for one in rows:
+        first = next((other for other in rows if other["contender"].startswith("ours")), one)
+        one["times_ours"] = one["seconds"]["all"] / first["seconds"]["all"]
+    counts = ", ".join(
+        f"{count} {what.replace('_', ' ')}" for what, count in job.counts.items() if what != "prompt_ids"
+    )
+    print(f"{name}: the same prompts and, in every round of each, {counts}")
+    return rows
+
+
+def started(contenders: list[Contender], job: Job, arguments: argparse.Namespace, folder: Path) -> list[Process]:
+    """Those that say that they are ready."""
+    processes = []
+    for number, contender in enumerate(contenders):
+        python = sys.executable if contender.is_ours else arguments.trl_python
+        python = python or interpreter(contender.package, arguments.env_dir)
+        its_job, log = contender.job(job, arguments.options), folder / f"{number}.log"
+        try:
+            processes.append(Process(contender, python, its_job, environment(arguments.threads), log))
+        except Failed as failed:
+            print(f"{contender.name} is left out: {failed}")
+    return processes
+
+
+def by_turns(processes: list[Process], num_rounds: int, deadline: float) -> dict[str, list[dict[str, Any]]]:
+    """The answers of each contender, by its name, without the first round, which warms up.
+
+    Ends the run (SystemExit) where one did not do the work that all are to do.
+    """
+    answers: dict[str, list[dict[str, Any]]] = {process.contender.name: [] for process in processes}
+    longest = 0.0
+    for number in range(num_rounds + 1):
+        began = time.perf_counter()
+        if number > 1 and began + longest > deadline:
+            print(f"stopped after {number - 1} rounds, for the time")
+            break
+        for process in processes:
+            name = process.contender.name
+            if name not in answers:
+                continue
+            try:
+                answer = process.iteration()
+            except Failed as failed:
+                print(f"{name} is left out: {failed}")
+                del answers[name]
+                continue
+            if answer["counts"] != process.job.counts:
+                sys.exit(f"{name} did other work: {answer['counts']}, where {process.job.counts} was meant")
+            if number:
+                answers[name].append(answer)
+        longest = max(longest, time.perf_counter() - began)
+    return answers
+
+
+def row(size: str, process: Process, answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """The medians of the rounds, and the rounds."""
+    seconds = [answer["seconds"] for answer in answers]
+    return {
+        "size": size,
+        "contender": process.contender.name,
+        "versions": process.versions,
+        "seconds": {phase: median(one[phase] for one in seconds) for phase in PHASES},
+        "spread": [min(one["all"] for one in seconds), max(one["all"] for one in seconds)],
+        "peak_mib": answers[-1]["peak_mib"],
+        "counts": process.job.counts,
+        "options": process.job.options,
+        "rounds": seconds,
+    }
+
+
+def in_table(row: dict[str, Any]) -> dict[str, Any]:
+    fastest, slowest = row["spread"]
+    seconds = {f"{phase} s": row["seconds"][phase] for phase in PHASES}
+    return {
+        **row, **seconds, "fastest": fastest, "slowest": slowest, "x ours": row["times_ours"],
+        "peak MiB": round(row["peak_mib"]),
+    }  # fmt: skip
+
+
+def write(size: str, rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    about = {
+        "benchmark": "ppo_step",
+        **stamp("triton", device=arguments.device),
+        "threads": arguments.threads,
+        "seed": SEED,
+    }
+    file = arguments.output / f"ppo_step-{size}-{about['device']}.json"
+    file.write_text(json.dumps({**about, "settings": vars(SIZES[size]), "rows": rows}, indent=1) + "\n")
+    print(f"wrote {file}")
+
+
+if __name__ == "__main__":
+    main()
