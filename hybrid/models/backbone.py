@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hybrid.core import InputError, first_line, no_progress_bars
 from hybrid.functional import autocast_dtype, rounded_operands, soft_capped
 from hybrid.models.adapt import adopted
+from hybrid.models.attention import short_attention
 from hybrid.models.contract import check_contract, logit_scale, refusing, windows
 
 __all__ = ["Backbone", "context_length"]
@@ -131,7 +132,8 @@ class Backbone(nn.Module):
             mask = None
         else:
             mask = _segment_mask(attention_mask, self.head_weight.dtype)
-        return self._scaled(self._run(input_ids, mask, position_ids, use_cache=False).last_hidden_state)
+        with short_attention(self.device):
+            return self._scaled(self._run(input_ids, mask, position_ids, use_cache=False).last_hidden_state)
 
     def fit_vocabulary(self, tokenizer: Any) -> None:
         """Give ids that the tokenizer has no token for no probability: in sampling and in log-probs alike.

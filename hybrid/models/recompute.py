@@ -1,5 +1,6 @@
 """Gradient checkpointing: the layers' activations are computed again in the backward pass instead of kept."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hybrid.core import InputError
+from hybrid.models.attention import short_attention
 
 __all__ = ["recompute_activations"]
 
@@ -19,7 +21,8 @@ class _Recomputed:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         # Not reentrant: gradients reach LoRA adapters although the layer's input, frozen embeddings, has none.
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        again = short_attention(args[0].device)  # the backward pass, which computes it again, is outside of the block
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again), **kwargs)
 
 
 def recompute_activations(trunk: nn.Module) -> None:
