@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybrid_kernels.head import Head, autocast_dtype, product, slices, stacked
 from hybrid_kernels.launch import (
     IGNORE,
     Rows,
@@ -35,7 +36,7 @@ from hybrid_kernels.launch import (
     wanted,
 )
 
-__all__ = ["SLICE_STEP", "check_inputs", "linear_logprob", "operand_dtype", "product", "product_dtype"]
+__all__ = ["SLICE_STEP", "check_inputs", "linear_logprob"]
 
 # Bytes of the float32 workspace of all models. Forward: small enough that the epilogue finds most of it in the
 # second-level cache of a large GPU (50 MiB and more). Backward: wide slices, for dhidden is read and written once a
@@ -68,15 +69,16 @@ def linear_logprob(
     temperature, softcap, want: as in `token_stats`. "kl" needs ref_hidden (..., D') and ref_weight (V, D'); the
         reference gets no gradient. If ref_weight is weight, both products are one GEMM.
     Returns TokenStats of (...) float32. Gradients flow to hidden, weight and bias, in their dtypes, once:
-    create_graph=True raises RuntimeError. Products take the operands' common dtype (float32 where they differ) and
-    accumulate in float32, also under autocast.
+    create_graph=True raises RuntimeError. Products take their operands in autocast's dtype where it is on, else in
+    their common one, and accumulate in float32; all else is float32 in any case.
     Raises ValueError on shapes, dtypes or options that do not fit, TypeError on a DTensor.
     """
     reference = check_inputs(
         "linear_logprob", hidden, weight, labels, bias, temperature, softcap, want, ref_hidden, ref_weight, ref_bias
     )
     *results, _ = _forward(
-        hidden, weight, bias, labels, *reference, float(temperature), softcap, "entropy" in want
+        hidden, weight, bias, labels, *reference, float(temperature), softcap, "entropy" in want,
+        autocast_dtype(hidden),
     )  # fmt: skip
     return wanted(want, results)
 
@@ -123,82 +125,30 @@ def _check_head(
         raise ValueError(f"{function}: {prefix}bias {tuple(bias.shape)} does not fit {tuple(weight.shape)}")
 
 
-def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """What the products take. CPUs are here for the interpreter, and have no bfloat16 product into float32."""
-    return torch.promote_types(hidden.dtype, weight.dtype) if hidden.is_cuda else torch.float32
-
-
-def product_dtype(hidden: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """What a product of such operands comes out as: float32 where torch offers it."""
-    return torch.float32 if _WIDENS or not hidden.is_cuda else dtype
-
-
-class _Head:
-    """Logits of (hidden, weight), a vocabulary slice at a time, in one reused workspace."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, columns: int):
-        self.dtype = operand_dtype(hidden, weight)
-        self.hidden, self.weight = hidden.to(self.dtype), weight
-        self.space = hidden.new_empty((len(hidden), columns), dtype=product_dtype(hidden, self.dtype))
-
-    def columns(self, columns: slice) -> Tensor:
-        return self.weight[columns].to(self.dtype)
-
-    def logits(self, weight: Tensor) -> Tensor:
-        return product(self.hidden, weight.T, self.space[:, : len(weight)])
-
-
-# bfloat16 @ bfloat16 -> float32: torch >= 2.8 on CUDA; ROCm builds raise.
-_WIDENS = hasattr(torch.ops.aten.mm, "dtype_out") and torch.version.hip is None
-
-
-def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """out = a @ b, with whatever the dtype of out can be had for."""
-    if a.dtype == out.dtype:
-        return torch.mm(a, b, out=out)
-    if out.dtype == torch.float32 and _WIDENS and a.is_cuda:
-        return torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
-    return out.copy_(torch.mm(a, b))
-
-
 class _Models:
-    """The logits of the policy and, for a KL, of the reference, slice by slice."""
+    """The logits of the policy and, for a KL, of the reference, slice by slice, in one reused workspace."""
 
-    def __init__(self, policy: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor] | None, num_bytes: int):
-        hidden, weight = policy
-        num_rows, self.vocabulary = len(hidden), len(weight)
-        models = 1 if reference is None else 2
-        width = max(num_bytes // (4 * models * max(num_rows, 1)) // SLICE_STEP, 1) * SLICE_STEP
-        self.width = min(width, -(-self.vocabulary // SLICE_STEP) * SLICE_STEP)
-        self.num_rows = num_rows
-        self.shared = reference is not None and _same(weight, reference[1]) and hidden.dtype == reference[0].dtype
-        if self.shared and reference is not None:
-            hidden = torch.cat([hidden, reference[0]])
-        self.policy = _Head(hidden, weight, self.width)
-        self.reference = None if reference is None or self.shared else _Head(reference[0], reference[1], self.width)
+    def __init__(self, policy: Head, reference: Head | None, num_bytes: int):
+        self.policy, self.num_rows = policy, len(policy.hidden)
+        self.heads = [policy] if reference is None else stacked(policy, reference)
+        self.sizes = [len(head.hidden) for head in self.heads]
+        width = max(num_bytes // (4 * max(sum(self.sizes), 1)) // SLICE_STEP, 1) * SLICE_STEP
+        self.width = min(width, -(-len(policy.weight) // SLICE_STEP) * SLICE_STEP)
+        dtype = torch.promote_types(self.heads[0].logits_dtype, self.heads[-1].logits_dtype)
+        self.space = policy.hidden.new_empty((sum(self.sizes), self.width), dtype=dtype)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Rows, Rows | None]]:
         """Columns, the policy's weight there, and the logits of both. Each step overwrites the one before."""
-        for start in range(0, self.vocabulary, self.width):
-            columns = slice(start, min(start + self.width, self.vocabulary))
-            weight = self.policy.columns(columns)
-            logits, ref = self.policy.logits(weight), None
-            if self.shared:
-                logits, ref = logits[: self.num_rows], logits[self.num_rows :]
-            elif self.reference is not None:
-                ref = self.reference.logits(self.reference.columns(columns))
-            yield columns, weight, self._rows(logits), None if ref is None else self._rows(ref)
+        for columns in slices(len(self.policy.weight), self.width):
+            weights = [head.columns(columns) for head in self.heads]
+            space = self.space[:, : len(weights[0])]
+            for head, weight, out in zip(self.heads, weights, space.split(self.sizes), strict=True):
+                product(head.hidden, weight.T, out)
+            logits, ref = space[: self.num_rows], space[self.num_rows :]
+            yield columns, weights[0], self._rows(logits), self._rows(ref) if len(ref) else None
 
     def _rows(self, logits: Tensor) -> Rows:
         return Rows(logits, max(self.num_rows, 1), 0, self.width)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 _INPUTS = (
@@ -210,7 +160,8 @@ _INPUTS = (
 @torch.library.custom_op(
     "hybrid_kernels::linear_logprob",
     mutates_args=(),
-    schema=f"({_INPUTS} float temperature, float? softcap, bool entropy) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_INPUTS} float temperature, float? softcap, bool entropy, ScalarType? autocast)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(
     hidden: Tensor,
@@ -223,12 +174,14 @@ def _forward(
     temperature: float,
     softcap: float | None,
     entropy: bool,
+    autocast: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_labels("linear_logprob", labels, len(weight))
     results = new_results(labels, entropy, ref_hidden is not None)
-    reference = None if ref_hidden is None or ref_weight is None else (_flat(ref_hidden), ref_weight)
     with torch.autocast(hidden.device.type, enabled=False):
-        for columns, _, logits, ref in _Models((_flat(hidden), weight), reference, FORWARD_BYTES):
+        policy = Head(hidden, weight, autocast)
+        reference = None if ref_hidden is None or ref_weight is None else Head(ref_hidden, ref_weight, autocast)
+        for columns, _, logits, ref in _Models(policy, reference, FORWARD_BYTES):
             forward(
                 logits, ref, labels.contiguous(), results, columns=columns, total_columns=len(weight), bias=bias,
                 ref_bias=ref_bias, temperature=temperature, softcap=softcap, entropy=entropy,
@@ -237,7 +190,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, temperature, softcap, entropy):
+def _(hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, temperature, softcap, entropy, autocast):
     return new_results(labels, entropy, ref_hidden is not None)
 
 
@@ -245,7 +198,7 @@ def _(hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, temperatur
     "hybrid_kernels::linear_logprob_backward",
     mutates_args=(),
     schema=f"(Tensor? g_logprob, Tensor? g_entropy, Tensor? g_kl, {_INPUTS} Tensor logprob, Tensor entropy, Tensor kl,"
-    " Tensor state, float temperature, float? softcap, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    " Tensor state, float temperature, float? softcap, ScalarType? autocast, bool[] needs) -> (Tensor, Tensor, Tensor)",
 )
 def _backward(
     g_logprob: Tensor | None,
@@ -264,24 +217,24 @@ def _backward(
     state: Tensor,
     temperature: float,
     softcap: float | None,
+    autocast: torch.dtype | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, labels = _flat(hidden), labels.contiguous()
+    labels = labels.contiguous()
     grads = [None if g is None else g.contiguous() for g in (g_logprob, g_entropy, g_kl)]
     dhidden, dweight, dbias = _new_gradients(hidden, weight, bias, needs)
-    reference = None
-    if ref_hidden is not None and ref_weight is not None and g_kl is not None:
-        reference = _flat(ref_hidden), ref_weight
     with torch.autocast(hidden.device.type, enabled=False):
-        models = _Models((rows, weight), reference, BACKWARD_BYTES)
-        dtype = models.policy.dtype
-        space = rows.new_empty((len(rows), models.width), dtype=dtype)
+        policy, reference = Head(hidden, weight, autocast), None
+        if g_kl is not None and ref_hidden is not None and ref_weight is not None:
+            reference = Head(ref_hidden, ref_weight, autocast)
+        models = _Models(policy, reference, BACKWARD_BYTES)
+        space = policy.hidden.new_empty((len(policy.hidden), models.width))
         if needs[0]:
-            total = rows.new_zeros(rows.shape, dtype=torch.float32)
+            total = policy.hidden.new_zeros(policy.hidden.shape, dtype=torch.float32)
             part = torch.empty_like(total)
         if needs[1]:
             # 0 * NaN is NaN: what stands in an ignored row must not reach dweight.
-            valid = rows.to(dtype).masked_fill(labels.reshape(-1, 1) == IGNORE, 0.0)
+            valid = policy.hidden.masked_fill(labels.reshape(-1, 1) == IGNORE, 0.0)
         for columns, weight_slice, logits, ref in models:
             dlogits = space[:, : len(weight_slice)]
             backward(
@@ -313,7 +266,7 @@ def _(g_logprob, g_entropy, g_kl, hidden, weight, bias, labels, ref_hidden, ref_
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.temperature, ctx.softcap, ctx.entropy = inputs
+    *tensors, ctx.temperature, ctx.softcap, ctx.entropy, ctx.autocast = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
 
@@ -326,9 +279,9 @@ def _grad(ctx: Any, g_logprob: Any, g_entropy: Any, g_kl: Any, g_state: Any) -> 
     needs = [bool(need) for need in (*ctx.needs_input_grad[:2], tensors[2] is not None and ctx.needs_input_grad[2])]
     found: Sequence[Tensor] = ()
     if any(needs) and any(g is not None for g in grads):
-        found = _backward(*grads, *tensors, *results, ctx.temperature, ctx.softcap, needs)
+        found = _backward(*grads, *tensors, *results, ctx.temperature, ctx.softcap, ctx.autocast, needs)
     outputs = [x if need else None for x, need in zip(found, needs, strict=False)] or [None] * 3
-    return (*outputs, *[None] * 7)
+    return (*outputs, *[None] * 8)
 
 
 _forward.register_autograd(_grad, setup_context=_setup)

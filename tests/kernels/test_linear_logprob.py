@@ -209,6 +209,22 @@ def test_operands_of_two_dtypes_are_multiplied_in_float32():
 
 
 @kernel
+@pytest.mark.usefixtures("narrow_slices")
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtypes", [("float32", "float32"), ("bfloat16", "float32"), ("float32", "bfloat16")], ids="-".join
+)
+@pytest.mark.parametrize("share", [False, True])
+def test_under_autocast_the_operands_are_rounded_and_nothing_else(dtypes, share, autocast):
+    case = LinearCase(bias=True, share=share, softcap=30.0)
+    for inputs in (case.inputs, case.ref):
+        for name, x in inputs.items():
+            if not name.endswith("bias"):
+                inputs[name] = x.to(getattr(torch, dtypes[name.endswith("weight")]))
+    case.compare(autocast)
+
+
+@kernel
 def test_strided_inputs_change_nothing():
     case = LinearCase((4,), bias=True)
     expected = case.stats()

@@ -8,10 +8,11 @@ import torch
 from kernel_case import (
     DEVICE,
     IGNORE,
-    LINEAR_GRADIENT,
     NAMES,
     LinearCase,
+    assert_gradients,
     assert_results,
+    autocast_to,
     kernel,
     launcher,
     normal,
@@ -22,6 +23,7 @@ pytest.importorskip("triton", reason="Triton is an extra: pip install 'hybrid-tr
 
 from hybrid_kernels import linear_logprob_loss
 
+HEAD = importlib.import_module("hybrid_kernels.head")
 MODULE = importlib.import_module("hybrid_kernels.linear_loss")
 
 
@@ -37,7 +39,8 @@ def sizes(request, monkeypatch):
     if request.param != "shipped":
         monkeypatch.setattr(MODULE, "LOGITS_BYTES", 2 * 2 * 4 * 512)
         monkeypatch.setattr(MODULE, "GRADIENT_BYTES", 1 if request.param == "two rows" else 4 * 4 * 512)
-        monkeypatch.setattr(MODULE, "DWEIGHT_COLUMNS", 100)
+        for module in (HEAD, MODULE):
+            monkeypatch.setattr(module, "WEIGHT_COLUMNS", 100)
 
 
 FACTORS = normal(3, 9, seed=9)
@@ -57,23 +60,21 @@ def run(case, **changes):
     return linear_logprob_loss(labels=case.labels, token_loss=arguments.pop("token_loss", token_loss), **arguments)
 
 
-def expected_loss(case):
-    results, leaves = case.exact()
+def expected_loss(case, autocast):
+    results, leaves = case.exact(autocast)
     flat = type("Stats", (), {name: results[name].flatten() if name in results else None for name in NAMES})
     return token_loss(flat, slice(0, case.labels.numel())).sum(), leaves, results
 
 
-def compare(case):
+def compare(case, autocast=None):
     inputs = case.require()
-    loss, stats = run(case)
+    with autocast_to(autocast):
+        loss, stats = run(case)
     found = torch.autograd.grad(0.5 * loss, inputs)
-    expected, leaves, results = expected_loss(case)
+    expected, leaves, results = expected_loss(case, autocast)
     assert_results(stats, results)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
-    for a, b, x in zip(found, torch.autograd.grad(0.5 * expected, leaves), inputs, strict=True):
-        assert a.dtype == x.dtype and a.shape == x.shape
-        scale = max(b.abs().max().item(), 1.0)
-        torch.testing.assert_close(a.double(), b, rtol=0, atol=LINEAR_GRADIENT[x.dtype] * scale)
+    assert_gradients(found, torch.autograd.grad(0.5 * expected, leaves), inputs, autocast)
 
 
 @kernel
@@ -89,6 +90,12 @@ def compare(case):
 )
 def test_loss_statistics_and_gradients_equal_float64(shape, options, sizes):
     compare(LinearCase(shape, **options))
+
+
+@kernel
+@pytest.mark.parametrize("share", [False, True])
+def test_under_autocast_the_operands_are_rounded_and_nothing_else(share, sizes):
+    compare(LinearCase((9,), 301, bias=True, share=share), torch.bfloat16)
 
 
 @kernel
