@@ -236,17 +236,18 @@ def _backward(
             # 0 * NaN is NaN: what stands in an ignored row must not reach dweight.
             valid = policy.hidden.masked_fill(labels.reshape(-1, 1) == IGNORE, 0.0)
         for columns, weight_slice, logits, ref in models:
-            dlogits = space[:, : len(weight_slice)]
+            dlogits, width = space[:, : len(weight_slice)], columns.stop - columns.start
             backward(
-                grads, logits, ref, labels, (logprob, entropy, kl, state), dlogits, columns=columns, bias=bias,
-                ref_bias=ref_bias, temperature=temperature, softcap=softcap,
+                grads, logits, ref, labels, (logprob, entropy, kl, state), dlogits[:, :width], columns=columns,
+                bias=bias, ref_bias=ref_bias, temperature=temperature, softcap=softcap,
             )  # fmt: skip
+            dlogits[:, width:] = 0.0
             if needs[0]:
                 total += product(dlogits, weight_slice, part)
             if needs[1]:
                 product(dlogits.T, valid, dweight[columns])
             if needs[2]:
-                dbias[columns] = dlogits.sum(0, dtype=torch.float32)
+                dbias[columns] = dlogits[:, :width].sum(0, dtype=torch.float32)
         if needs[0]:
             dhidden.copy_(total.view(hidden.shape))
     return dhidden, dweight, dbias

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybrid_kernels.head import WEIGHT_COLUMNS, Head, autocast_dtype, product, slices
+from hybrid_kernels.head import WEIGHT_COLUMNS, Head, autocast_dtype, padded, product, slices
 from hybrid_kernels.launch import IGNORE, Rows, TokenStats, backward, check_labels, forward, new_results, wanted
 from hybrid_kernels.linear_logprob import SLICE_STEP, check_inputs
 
@@ -140,6 +140,7 @@ class _Step:
         self.group = min(groups * self.chunk, -(-num_rows // self.chunk) * self.chunk)
         self.logits = hidden.new_empty((models, self.chunk, width), dtype=self.policy.logits_dtype)
         self.dlogits = hidden.new_empty((self.group if any(needs) else 0, width), dtype=dtype)
+        self.dlogits[:, len(weight) :] = 0.0
         # One group of rows writes its dweight in the weight's dtype; several add up in float32.
         dtype = weight.dtype if self.group >= num_rows else torch.float32
         new = torch.empty_like if num_rows else torch.zeros_like
@@ -180,7 +181,7 @@ class _Step:
         hidden = head.hidden[rows]
         space = self.logits[model, : len(hidden)]
         for columns in head.slices():
-            product(hidden, head.columns(columns).T, space[:, columns])
+            product(hidden, head.columns(columns).T, space[:, padded(columns)])
         return Rows(space, len(hidden), 0, space.stride(0))
 
     def _take(self, rows: slice) -> None:
@@ -192,7 +193,7 @@ class _Step:
             # 0 * NaN is NaN: what stands in an ignored row must not reach dweight.
             hidden = hidden.masked_fill((self.labels[rows] == IGNORE).unsqueeze(1), 0.0)
             for columns in slices(len(self.dweight), WEIGHT_COLUMNS):
-                out, turned = self.dweight[columns], dlogits[:, columns].T
+                out, turned = self.dweight[columns], dlogits[:, padded(columns)].T
                 if rows.start == 0:
                     product(turned, hidden, out)
                 else:
@@ -204,9 +205,9 @@ class _Step:
         """out = dlogits @ weight, summed in float32."""
         first, *rest = self.policy.slices()
         total = torch.empty_like(out, dtype=torch.float32) if rest else out
-        product(dlogits[:, first], self.policy.columns(first), total)
+        product(dlogits[:, padded(first)], self.policy.columns(first), total)
         for columns in rest:
-            total += product(dlogits[:, columns], self.policy.columns(columns), torch.empty_like(total))
+            total += product(dlogits[:, padded(columns)], self.policy.columns(columns), torch.empty_like(total))
         if rest:
             out.copy_(total)
 

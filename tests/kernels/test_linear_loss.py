@@ -40,10 +40,10 @@ def sizes(request, monkeypatch):
         monkeypatch.setattr(MODULE, "LOGITS_BYTES", 2 * 2 * 4 * 512)
         monkeypatch.setattr(MODULE, "GRADIENT_BYTES", 1 if request.param == "two rows" else 4 * 4 * 512)
         for module in (HEAD, MODULE):
-            monkeypatch.setattr(module, "WEIGHT_COLUMNS", 100)
+            monkeypatch.setattr(module, "WEIGHT_COLUMNS", 128)
 
 
-FACTORS = normal(3, 9, seed=9)
+FACTORS = normal(3, 16, seed=9)
 
 
 def token_loss(stats, rows):
@@ -96,6 +96,23 @@ def test_loss_statistics_and_gradients_equal_float64(shape, options, sizes):
 @pytest.mark.parametrize("share", [False, True])
 def test_under_autocast_the_operands_are_rounded_and_nothing_else(share, sizes):
     compare(LinearCase((9,), 301, bias=True, share=share), torch.bfloat16)
+
+
+@kernel
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_every_product_of_an_odd_vocabulary_has_aligned_sides(autocast, lengths):
+    case = LinearCase((16,), 301, bias=True, share=True)
+    inputs = case.require()
+    with autocast_to(autocast):
+        torch.autograd.grad(run(case)[0], inputs)
+    assert lengths and all(length % 8 == 0 for length in lengths)
+
+
+@kernel
+@pytest.mark.usefixtures("unwritten_memory_is_nan")
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_the_padding_of_an_odd_vocabulary_reaches_nothing(autocast, sizes):
+    compare(LinearCase((9,), 301, bias=True, share=True), autocast)
 
 
 @kernel
