@@ -40,7 +40,8 @@ __all__ = ["SLICE_STEP", "check_inputs", "linear_logprob"]
 
 # Bytes of the float32 workspace of all models. Forward: small enough that the epilogue finds most of it in the
 # second-level cache of a large GPU (50 MiB and more). Backward: wide slices, for dhidden is read and written once a
-# slice. Both are chosen by arithmetic, not yet by a clock.
+# slice. On an H200 (commit 7022edd) 16 to 1024 MiB forward and 64 to 2048 MiB backward took the same time, within 3 %
+# and 8 %.
 FORWARD_BYTES = 64 * 2**20
 BACKWARD_BYTES = 256 * 2**20
 # Columns of a slice are a multiple of this and at least as many: the width of a GEMM's tile, and aligned rows.

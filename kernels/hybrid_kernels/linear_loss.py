@@ -4,15 +4,14 @@
 sum over tokens, each of its own statistics, with masks and global normalisers known before, needs no second product:
 
     for a few rows:  logits = hidden @ weight.T;  statistics;  g = d loss / d statistics;  dlogits
-                     dhidden[rows] = dlogits @ weight
-    for more rows:   dweight += dlogits.T @ hidden[rows]    in float32
+    for a group:     dhidden[rows] = dlogits @ weight;  dweight += dlogits.T @ hidden[rows]    in float32
 
 6 N V D operations instead of 8 (8 instead of 12 with a KL; 4 with a frozen head). Bytes per token beside the GEMMs'
-operands: 12 V of float32 logits and dlogits (8 V more with a KL), and 12 V D a group of rows for dweight. Memory:
-LOGITS_BYTES of logits, GRADIENT_BYTES of dlogits, and dweight in float32, which `linear_logprob` has no need for.
+operands: 12 V of float32 logits and dlogits (8 V more with a KL), and 12 V D for each group of rows but the first.
+Memory: LOGITS_BYTES of logits, GRADIENT_BYTES of dlogits, and dweight in float32 where there are several groups.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,10 +23,17 @@ from hybrid_kernels.linear_logprob import SLICE_STEP, check_inputs
 
 __all__ = ["linear_logprob_loss"]
 
-# Chosen by arithmetic, not yet by a clock. Rows of logits: 256 MiB are 500 rows of 128k columns, enough for the GEMM
-# to be limited by its operations. Rows of dlogits: dweight is read and written once for so many.
-LOGITS_BYTES = 256 * 2**20
-GRADIENT_BYTES = 640 * 2**20
+# Bytes of the float32 logits of a few rows, and of the dlogits of a group of them, for which dweight is read and
+# written once. On an H200 (commit 7022edd, N = 8192), MiB of both and time over that of the three products alone:
+#     V = 128256, D = 4096  256, 640 1.45   512, 1280 1.30   1024, 2560 1.16   8192, 8192 1.14
+#     V = 151936, D = 3584  256, 640 1.44   512, 1280 1.31   1024, 2560 1.18   8192, 8192 1.12
+# What gains is that all rows are one group. With 1024 MiB of logits the second head would take more than 3.2 GiB; 768
+# were not measured.
+LOGITS_BYTES = 768 * 2**20
+GRADIENT_BYTES = 2560 * 2**20
+# Rows of a product, where they are many: a usual height of a GEMM's tile.
+ROW_STEP = 128
+
 TokenLoss = Callable[[TokenStats, slice], Tensor]
 
 
@@ -108,6 +114,24 @@ class _LinearLoss(torch.autograd.Function):
         return (*(None if x is None else x.mul_(grads[0]) for x in gradients), *[None] * 8)
 
 
+def row_counts(num_rows: int, logits_bytes: int, gradient_bytes: int | None) -> tuple[int, int]:
+    """Rows whose logits are taken at a time, and those of a group, whose dlogits are kept for dweight.
+
+    logits_bytes, gradient_bytes: of one row. None: there is no dweight.
+    """
+    group = num_rows if gradient_bytes is None else _even(num_rows, GRADIENT_BYTES // gradient_bytes)
+    chunk = _even(group, LOGITS_BYTES // logits_bytes)
+    return chunk, chunk if gradient_bytes is None else group
+
+
+def _even(num_rows: int, most: int) -> int:
+    """The rows of a part, where all are cut into as few as have at most so many, at least one: of one size but for the
+    last, and whole tiles where a part has several."""
+    step = ROW_STEP if most >= ROW_STEP else 1
+    parts = -(-num_rows // max(most // step * step, 1))
+    return max(min(-(-num_rows // (max(parts, 1) * step)) * step, num_rows), 1)
+
+
 class _Step:
     """One pass over the rows: their losses, results and gradients."""
 
@@ -131,13 +155,8 @@ class _Step:
         self.results = new_results(self.labels, "entropy" in want, self.reference is not None)[:3]
 
         width = -(-len(weight) // SLICE_STEP) * SLICE_STEP
-        num_rows, models = len(self.labels), 1 if self.reference is None else 2
-        chunk = LOGITS_BYTES // (4 * models * width)
-        chunk = chunk // 64 * 64 or max(chunk, 1)  # whole tiles of a GEMM
-        self.chunk = max(min(chunk, num_rows), 1)
-        dtype = self.policy.dtype
-        groups = max(GRADIENT_BYTES // (dtype.itemsize * self.chunk * width), 1) if needs[1] else 1
-        self.group = min(groups * self.chunk, -(-num_rows // self.chunk) * self.chunk)
+        num_rows, models, dtype = len(self.labels), 1 if self.reference is None else 2, self.policy.dtype
+        self.chunk, self.group = row_counts(num_rows, 4 * models * width, dtype.itemsize * width if needs[1] else None)
         self.logits = hidden.new_empty((models, self.chunk, width), dtype=self.policy.logits_dtype)
         self.dlogits = hidden.new_empty((self.group if any(needs) else 0, width), dtype=dtype)
         self.dlogits[:, len(weight) :] = 0.0
@@ -148,9 +167,10 @@ class _Step:
         self.dweight = new(weight, dtype=dtype, memory_format=torch.contiguous_format) if needs[1] else None
         self.dbias = torch.zeros_like(self.bias, dtype=torch.float32) if needs[2] and self.bias is not None else None
 
-    def chunks(self) -> list[slice]:
-        num_rows = len(self.labels)
-        return [slice(start, min(start + self.chunk, num_rows)) for start in range(0, num_rows, self.chunk)]
+    def chunks(self) -> Iterator[slice]:
+        for group in slices(len(self.labels), self.group):
+            for start in range(group.start, group.stop, self.chunk):
+                yield slice(start, min(start + self.chunk, group.stop))
 
     def rows(self, rows: slice, token_loss: TokenLoss) -> Tensor:
         """Sum of the rows' losses; results and, with the last rows of a group, gradients are filled in."""
@@ -212,6 +232,8 @@ class _Step:
             out.copy_(total)
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        # Before dweight may be copied to a shorter dtype.
+        del self.logits, self.dlogits
         dweight = None if self.dweight is None else self.dweight.to(self.policy.weight.dtype)
         dbias = None if self.dbias is None or self.bias is None else self.dbias.to(self.bias.dtype)
         return self.dhidden, dweight, dbias

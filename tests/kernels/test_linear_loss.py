@@ -166,6 +166,28 @@ def test_the_statistics_and_the_reference_carry_no_gradient_and_no_grad_works():
         assert not run(case)[0].requires_grad
 
 
+@pytest.mark.parametrize("models", [1, 2])
+@pytest.mark.parametrize(("vocab", "width"), [(128_256, 4096), (152_064, 3584)], ids=["llama 3 8b", "qwen 2.5 7b"])
+def test_8192_rows_of_a_large_head_are_one_group_within_three_gibibytes(vocab, width, models):
+    chunk, group = MODULE.row_counts(8192, 4 * models * vocab, 2 * vocab)
+    assert group == 8192
+    # The logits, the dlogits, and the copy of the hidden states without what stands in ignored rows.
+    assert 4 * models * chunk * vocab + 2 * group * vocab + 2 * group * width <= 3.2 * 2**30
+
+
+@pytest.mark.parametrize("num_rows", [1, 127, 128, 129, 8191, 100_000])
+@pytest.mark.parametrize("row", [1, 2**20, 2**24, 2**30])
+def test_rows_are_taken_in_even_parts_within_the_workspaces(num_rows, row):
+    chunk, group = MODULE.row_counts(num_rows, row, row)
+    assert 1 <= chunk <= group <= num_rows
+    for part, whole, size in ((chunk, group, MODULE.LOGITS_BYTES), (group, num_rows, MODULE.GRADIENT_BYTES)):
+        assert part == 1 or part * row <= size
+        most = max(size // row, 1)
+        # No more parts than their size asks for, but for what whole tiles of 128 rows cost.
+        assert -(-whole // part) <= -(-whole // (most // 128 * 128 or most))
+    assert MODULE.row_counts(num_rows, row, None) == (MODULE.row_counts(num_rows, row, 1)[0],) * 2
+
+
 @kernel
 def test_a_second_backward_and_a_second_derivative_raise():
     case = LinearCase((3,), 30)
