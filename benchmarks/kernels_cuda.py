@@ -138,6 +138,12 @@ def from_hidden(num: int, vocab: int, width: int, bandwidth: float, product: flo
     peers = _bound(HEAD_LOSS, hidden, weight, labels)
     yield Case("hidden loss, recompute", recomputed(), peers, 1.30 * 4 * product, recompute)
     yield Case(
+        "hidden loss, logits kept",
+        recomputed(keep_bytes=4 * num * (vocab + 64)),
+        {"torch.compile": peers["torch.compile"]},
+        1.30 * 3 * product,
+    )
+    yield Case(
         "hidden loss, gradient in forward",
         taken_in_forward(),
         {"torch.compile": peers["torch.compile"]},

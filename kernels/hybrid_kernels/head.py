@@ -55,7 +55,7 @@ class Head:
     def slices(self) -> list[slice]:
         """The vocabulary in as few slices as need no large copy: two, the second shorter than STEP, if none is cast."""
         size = len(self.weight)
-        return slices(size, WEIGHT_COLUMNS if self.weight.dtype != self.dtype else size // STEP * STEP or size)
+        return slices(0, size, WEIGHT_COLUMNS if self.weight.dtype != self.dtype else size // STEP * STEP or size)
 
 
 def padded(columns: slice) -> slice:
@@ -63,8 +63,8 @@ def padded(columns: slice) -> slice:
     return slice(columns.start, columns.start + -(-(columns.stop - columns.start) // STEP) * STEP)
 
 
-def slices(size: int, width: int) -> list[slice]:
-    return [slice(start, min(start + width, size)) for start in range(0, size, width)]
+def slices(start: int, stop: int, width: int) -> list[slice]:
+    return [slice(at, min(at + width, stop)) for at in range(start, stop, width)]
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

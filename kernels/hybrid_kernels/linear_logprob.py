@@ -1,8 +1,9 @@
 """Log-probability, entropy and KL from hidden states: `hybrid.functional.linear_logprob` on a GPU.
 
-The logits (N, V) never exist. One vocabulary slice at a time is a GEMM into a workspace (float32 out of bfloat16
-operands where torch offers it), and `epilogue` folds the slice into running statistics. The backward pass takes the
-product again: dlogits of a slice go to a second workspace, then
+The logits (N, V) never exist, but for columns that the caller gives memory for, to save their second product. One
+vocabulary slice at a time is a GEMM into a workspace (float32 out of bfloat16 operands where torch offers it), and
+`epilogue` folds the slice into running statistics. The backward pass takes the product again: dlogits of a slice go to
+a second workspace, then
 
     dweight[slice] = dlogits.T @ hidden     one GEMM that contracts over all N and is written once
     dhidden       += dlogits @ weight[slice]    in float32
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybrid_kernels.head import Head, autocast_dtype, product, slices, stacked
+from hybrid_kernels.head import Head, autocast_dtype, padded, product, slices, stacked
 from hybrid_kernels.launch import (
     IGNORE,
     Rows,
@@ -60,8 +61,9 @@ def linear_logprob(
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
+    keep_bytes: int = 0,
 ) -> TokenStats:
-    """`token_stats` of the logits hidden @ weight.T + bias, which are never held.
+    """`token_stats` of the logits hidden @ weight.T + bias, which are never held, or no more of them than asked for.
 
     hidden: (..., D).   weight: (V, D).   bias: (V,): float32, bfloat16 or float16.
     labels: (...) int32 or int64, the token that hidden[t] predicts. Where it is -100 all results are 0, without
@@ -69,6 +71,8 @@ def linear_logprob(
         needs their number on the host: a caller who knows the valid positions passes only those.
     temperature, softcap, want: as in `token_stats`. "kl" needs ref_hidden (..., D') and ref_weight (V, D'); the
         reference gets no gradient. If ref_weight is weight, both products are one GEMM.
+    keep_bytes: what the logits may take, 4 bytes each, that are kept for the backward pass, if there will be one. Of
+        the others the product is taken again.
     Returns TokenStats of (...) float32. Gradients flow to hidden, weight and bias, in their dtypes, once:
     create_graph=True raises RuntimeError. Products take their operands in autocast's dtype where it is on, else in
     their common one, and accumulate in float32; all else is float32 in any case.
@@ -77,9 +81,12 @@ def linear_logprob(
     reference = check_inputs(
         "linear_logprob", hidden, weight, labels, bias, temperature, softcap, want, ref_hidden, ref_weight, ref_bias
     )
-    *results, _ = _forward(
+    if keep_bytes < 0:
+        raise ValueError(f"linear_logprob: keep_bytes must be at least 0, got {keep_bytes}")
+    trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    *results, _, _ = _forward(
         hidden, weight, bias, labels, *reference, float(temperature), softcap, "entropy" in want,
-        autocast_dtype(hidden),
+        autocast_dtype(hidden), keep_bytes if trained else 0,
     )  # fmt: skip
     return wanted(want, results)
 
@@ -127,29 +134,46 @@ def _check_head(
 
 
 class _Models:
-    """The logits of the policy and, for a KL, of the reference, slice by slice, in one reused workspace."""
+    """The logits of the policy and, for a KL, of the reference, slice by slice: the first columns in `kept` (rows of
+    both, columns), which holds them already where it is `filled`, the others in one reused workspace."""
 
-    def __init__(self, policy: Head, reference: Head | None, num_bytes: int):
+    def __init__(self, policy: Head, reference: Head | None, num_bytes: int, kept: Tensor, filled: bool = False):
         self.policy, self.num_rows = policy, len(policy.hidden)
         self.heads = [policy] if reference is None else stacked(policy, reference)
         self.sizes = [len(head.hidden) for head in self.heads]
-        width = max(num_bytes // (4 * max(sum(self.sizes), 1)) // SLICE_STEP, 1) * SLICE_STEP
-        self.width = min(width, -(-len(policy.weight) // SLICE_STEP) * SLICE_STEP)
+        num_rows, vocabulary = sum(self.sizes), len(policy.weight)
+        width = max(num_bytes // (4 * max(num_rows, 1)) // SLICE_STEP, 1) * SLICE_STEP
+        self.width = min(width, -(-vocabulary // SLICE_STEP) * SLICE_STEP)
+        self.kept, self.filled = kept[:num_rows], filled
         dtype = torch.promote_types(self.heads[0].logits_dtype, self.heads[-1].logits_dtype)
-        self.space = policy.hidden.new_empty((sum(self.sizes), self.width), dtype=dtype)
+        width = self.width if kept.shape[1] < vocabulary else 0
+        self.space = policy.hidden.new_empty((num_rows, width), dtype=dtype)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Rows, Rows | None]]:
-        """Columns, the policy's weight there, and the logits of both. Each step overwrites the one before."""
-        for columns in slices(len(self.policy.weight), self.width):
-            weights = [head.columns(columns) for head in self.heads]
-            space = self.space[:, : len(weights[0])]
-            for head, weight, out in zip(self.heads, weights, space.split(self.sizes), strict=True):
-                product(head.hidden, weight.T, out)
+        """Columns, the policy's weight there, and the logits of both. Each step may overwrite the one before."""
+        vocabulary = len(self.policy.weight)
+        num_kept = min(self.kept.shape[1], vocabulary)
+        for columns in slices(0, num_kept, self.width) + slices(num_kept, vocabulary, self.width):
+            keep = columns.start < num_kept
+            weights = [head.columns(columns) for head in self.heads[: 1 if keep and self.filled else 2]]
+            space = self.kept[:, padded(columns)] if keep else self.space[:, : len(weights[0])]
+            if not (keep and self.filled):
+                for head, weight, out in zip(self.heads, weights, space.split(self.sizes), strict=True):
+                    product(head.hidden, weight.T, out)
             logits, ref = space[: self.num_rows], space[self.num_rows :]
             yield columns, weights[0], self._rows(logits), self._rows(ref) if len(ref) else None
 
     def _rows(self, logits: Tensor) -> Rows:
-        return Rows(logits, max(self.num_rows, 1), 0, self.width)
+        return Rows(logits, max(self.num_rows, 1), 0, logits.stride(0))
+
+
+def _new_kept(labels: Tensor, weight: Tensor, with_reference: bool, keep_bytes: int) -> Tensor:
+    """Room for the float32 logits of all rows, in the whole vocabulary or as many times SLICE_STEP columns as fit."""
+    num_rows, columns = labels.numel() * (1 + with_reference), 0
+    if keep_bytes:
+        columns, whole = keep_bytes // (4 * max(num_rows, 1)), padded(slice(0, len(weight))).stop
+        columns = whole if columns >= whole else columns // SLICE_STEP * SLICE_STEP
+    return labels.new_empty((num_rows, columns), dtype=torch.float32)
 
 
 _INPUTS = (
@@ -161,8 +185,8 @@ _INPUTS = (
 @torch.library.custom_op(
     "hybrid_kernels::linear_logprob",
     mutates_args=(),
-    schema=f"({_INPUTS} float temperature, float? softcap, bool entropy, ScalarType? autocast)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_INPUTS} float temperature, float? softcap, bool entropy, ScalarType? autocast,"
+    " int keep_bytes) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(
     hidden: Tensor,
@@ -176,30 +200,36 @@ def _forward(
     softcap: float | None,
     entropy: bool,
     autocast: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keep_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_labels("linear_logprob", labels, len(weight))
     results = new_results(labels, entropy, ref_hidden is not None)
+    kept = _new_kept(labels, weight, ref_hidden is not None, keep_bytes)
     with torch.autocast(hidden.device.type, enabled=False):
         policy = Head(hidden, weight, autocast)
         reference = None if ref_hidden is None or ref_weight is None else Head(ref_hidden, ref_weight, autocast)
-        for columns, _, logits, ref in _Models(policy, reference, FORWARD_BYTES):
+        for columns, _, logits, ref in _Models(policy, reference, FORWARD_BYTES, kept):
             forward(
                 logits, ref, labels.contiguous(), results, columns=columns, total_columns=len(weight), bias=bias,
                 ref_bias=ref_bias, temperature=temperature, softcap=softcap, entropy=entropy,
             )  # fmt: skip
-    return results
+    return *results, kept
 
 
 @_forward.register_fake
-def _(hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, temperature, softcap, entropy, autocast):
-    return new_results(labels, entropy, ref_hidden is not None)
+def _(
+    hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, temperature, softcap, entropy, autocast, keep_bytes
+):
+    kept = _new_kept(labels, weight, ref_hidden is not None, keep_bytes)
+    return *new_results(labels, entropy, ref_hidden is not None), kept
 
 
 @torch.library.custom_op(
     "hybrid_kernels::linear_logprob_backward",
     mutates_args=(),
     schema=f"(Tensor? g_logprob, Tensor? g_entropy, Tensor? g_kl, {_INPUTS} Tensor logprob, Tensor entropy, Tensor kl,"
-    " Tensor state, float temperature, float? softcap, ScalarType? autocast, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    " Tensor state, Tensor kept, float temperature, float? softcap, ScalarType? autocast, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor)",
 )
 def _backward(
     g_logprob: Tensor | None,
@@ -216,6 +246,7 @@ def _backward(
     entropy: Tensor,
     kl: Tensor,
     state: Tensor,
+    kept: Tensor,
     temperature: float,
     softcap: float | None,
     autocast: torch.dtype | None,
@@ -228,7 +259,7 @@ def _backward(
         policy, reference = Head(hidden, weight, autocast), None
         if g_kl is not None and ref_hidden is not None and ref_weight is not None:
             reference = Head(ref_hidden, ref_weight, autocast)
-        models = _Models(policy, reference, BACKWARD_BYTES)
+        models = _Models(policy, reference, BACKWARD_BYTES, kept, filled=True)
         space = policy.hidden.new_empty((len(policy.hidden), models.width))
         if needs[0]:
             total = policy.hidden.new_zeros(policy.hidden.shape, dtype=torch.float32)
@@ -268,12 +299,12 @@ def _(g_logprob, g_entropy, g_kl, hidden, weight, bias, labels, ref_hidden, ref_
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.temperature, ctx.softcap, ctx.entropy, ctx.autocast = inputs
+    *tensors, ctx.temperature, ctx.softcap, ctx.entropy, ctx.autocast, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
 
 
-def _grad(ctx: Any, g_logprob: Any, g_entropy: Any, g_kl: Any, g_state: Any) -> tuple:
+def _grad(ctx: Any, g_logprob: Any, g_entropy: Any, g_kl: Any, g_state: Any, g_kept: Any) -> tuple:
     no_second_derivative("linear_logprob")
     saved = ctx.saved_tensors  # once: checkpointing recomputes for it
     tensors, results = saved[:7], saved[7:]
@@ -283,7 +314,7 @@ def _grad(ctx: Any, g_logprob: Any, g_entropy: Any, g_kl: Any, g_state: Any) -> 
     if any(needs) and any(g is not None for g in grads):
         found = _backward(*grads, *tensors, *results, ctx.temperature, ctx.softcap, ctx.autocast, needs)
     outputs = [x if need else None for x, need in zip(found, needs, strict=False)] or [None] * 3
-    return (*outputs, *[None] * 8)
+    return (*outputs, *[None] * 9)
 
 
 _forward.register_autograd(_grad, setup_context=_setup)

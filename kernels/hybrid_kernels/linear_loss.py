@@ -168,9 +168,8 @@ class _Step:
         self.dbias = torch.zeros_like(self.bias, dtype=torch.float32) if needs[2] and self.bias is not None else None
 
     def chunks(self) -> Iterator[slice]:
-        for group in slices(len(self.labels), self.group):
-            for start in range(group.start, group.stop, self.chunk):
-                yield slice(start, min(start + self.chunk, group.stop))
+        for group in slices(0, len(self.labels), self.group):
+            yield from slices(group.start, group.stop, self.chunk)
 
     def rows(self, rows: slice, token_loss: TokenLoss) -> Tensor:
         """Sum of the rows' losses; results and, with the last rows of a group, gradients are filled in."""
@@ -212,7 +211,7 @@ class _Step:
         if self.dweight is not None:
             # 0 * NaN is NaN: what stands in an ignored row must not reach dweight.
             hidden = hidden.masked_fill((self.labels[rows] == IGNORE).unsqueeze(1), 0.0)
-            for columns in slices(len(self.dweight), WEIGHT_COLUMNS):
+            for columns in slices(0, len(self.dweight), WEIGHT_COLUMNS):
                 out, turned = self.dweight[columns], dlogits[:, padded(columns)].T
                 if rows.start == 0:
                     product(turned, hidden, out)

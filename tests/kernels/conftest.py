@@ -8,16 +8,16 @@ from kernel_case import DEVICE
 
 
 @pytest.fixture
-def lengths(monkeypatch):
-    """Collects every length of an operand of a head's matrix products."""
+def products(monkeypatch):
+    """Collects the three lengths of each matrix product of a head."""
     names = ("head", "linear_logprob", "linear_loss")
-    found, modules = set(), [importlib.import_module(f"hybrid_kernels.{name}") for name in names]
+    found, modules = [], [importlib.import_module(f"hybrid_kernels.{name}") for name in names]
     inner = modules[0].product
 
     def product(a, b, out):
         # Where a has padding, inner comes back here with room for it in out.
         if len(a) == len(out):
-            found.update((*a.shape, *b.shape))
+            found.append((*a.shape, b.shape[1]))
         return inner(a, b, out)
 
     for module in modules:

@@ -94,10 +94,11 @@ def test_a_dtensor_is_refused_from_logits():
 
 
 @kernel
-def test_a_retained_graph_gives_the_same_gradients_twice_from_hidden_states():
+@pytest.mark.parametrize("keep_bytes", [0, 2**20])
+def test_a_retained_graph_gives_the_same_gradients_twice_from_hidden_states(keep_bytes):
     case = LinearCase(bias=True)
     inputs = case.require()
-    loss = weighted(case.stats())
+    loss = weighted(case.stats(keep_bytes=keep_bytes))
     first, second = (torch.autograd.grad(loss, inputs, retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -141,7 +142,8 @@ def test_the_operators_pass_opcheck_from_hidden_states(share):
     arguments = (inputs["hidden"], inputs["weight"], inputs["bias"], case.labels)
     reference = (ref["ref_hidden"], ref["ref_weight"].detach(), ref["ref_bias"])
     operator, autocast = torch.ops.hybrid_kernels.linear_logprob.default, torch.bfloat16 if share else None
-    torch.library.opcheck(operator, (*arguments, *(reference if share else (None,) * 3), 0.7, 30.0, True, autocast))
+    options = (0.7, 30.0, True, autocast, 2**20 if share else 0)
+    torch.library.opcheck(operator, (*arguments, *(reference if share else (None,) * 3), *options))
 
 
 @kernel
@@ -153,7 +155,7 @@ def test_it_compiles_without_a_graph_break_from_hidden_states(backend, autocast)
 
     def loss(hidden):
         with torch.autocast(DEVICE.type, autocast, enabled=autocast is not None):
-            stats = case.stats(hidden=hidden * 1.0)
+            stats = case.stats(hidden=hidden * 1.0, keep_bytes=2**20 if autocast else 0)
         return (stats.logprob + 0.1 * stats.entropy - stats.kl).mean()
 
     expected = torch.autograd.grad(loss(case.inputs["hidden"]), inputs)

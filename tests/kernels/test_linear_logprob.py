@@ -226,12 +226,12 @@ def test_under_autocast_the_operands_are_rounded_and_nothing_else(dtypes, share,
 
 @kernel
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-def test_every_product_of_an_odd_vocabulary_has_aligned_sides(autocast, narrow_slices, lengths):
+def test_every_product_of_an_odd_vocabulary_has_aligned_sides(autocast, narrow_slices, products):
     case = LinearCase((16,), 301, bias=True, share=True)
     inputs = case.require()
     with autocast_to(autocast):
         torch.autograd.grad(weighted(case.stats()), inputs)
-    assert lengths and all(length % 8 == 0 for length in lengths)
+    assert products and all(length % 8 == 0 for lengths in products for length in lengths)
 
 
 @kernel
@@ -239,6 +239,41 @@ def test_every_product_of_an_odd_vocabulary_has_aligned_sides(autocast, narrow_s
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_the_padding_of_an_odd_vocabulary_reaches_nothing(autocast, narrow_slices):
     LinearCase((9,), 301, bias=True, share=True).compare(autocast)
+
+
+@kernel
+@pytest.mark.usefixtures("narrow_slices")
+@pytest.mark.parametrize("names", [NAMES, ("logprob",)], ids="+".join)
+@pytest.mark.parametrize("share", [False, True])
+def test_logits_that_are_kept_save_their_product_and_change_nothing(names, share, products):
+    case = LinearCase((5,), 700, bias=True, share=share)
+    inputs = case.require()
+    gradients = []
+    for num_kept in range(4):
+        # Of three slices, the last 188 columns wide; one byte less than the next would take.
+        stats = case.stats(keep_bytes=4 * 10 * (256, 512, 704, 768)[num_kept] - 1)
+        num_forward = len(products)
+        gradients.append(torch.autograd.grad(sum(weighted({name: getattr(stats, name)}) for name in names), inputs))
+        models = 2 if "kl" in names and not share else 1
+        assert len(products) - num_forward == 3 * 2 + (3 - num_kept) * models
+        products.clear()
+    for found in gradients[1:]:
+        for a, b in zip(found, gradients[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@kernel
+def test_nothing_is_kept_where_no_gradient_will_be_asked_for(monkeypatch):
+    given, inner = [], MODULE._new_kept
+    monkeypatch.setattr(MODULE, "_new_kept", lambda *a: given.append(a[-1]) or inner(*a))
+    case = LinearCase()
+    case.stats(keep_bytes=1000)
+    case.require()
+    with torch.no_grad():
+        case.stats(keep_bytes=1000)
+    assert given == [0, 0]
+    case.stats(keep_bytes=1000)
+    assert given[-1] == 1000
 
 
 @kernel
@@ -280,6 +315,7 @@ def test_a_label_outside_the_vocabulary_is_refused(label):
         ({"want": ("logits",)}, "want"),
         ({"temperature": -1.0}, "temperature"),
         ({"softcap": 0.0}, "softcap"),
+        ({"keep_bytes": -1}, "keep_bytes"),
     ],
     ids=str,
 )

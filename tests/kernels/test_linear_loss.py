@@ -100,12 +100,12 @@ def test_under_autocast_the_operands_are_rounded_and_nothing_else(share, sizes):
 
 @kernel
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-def test_every_product_of_an_odd_vocabulary_has_aligned_sides(autocast, lengths):
+def test_every_product_of_an_odd_vocabulary_has_aligned_sides(autocast, products):
     case = LinearCase((16,), 301, bias=True, share=True)
     inputs = case.require()
     with autocast_to(autocast):
         torch.autograd.grad(run(case)[0], inputs)
-    assert lengths and all(length % 8 == 0 for length in lengths)
+    assert products and all(length % 8 == 0 for lengths in products for length in lengths)
 
 
 @kernel
