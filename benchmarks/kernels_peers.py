@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["HEAD_LOSS", "HEAD_LOSS_KL", "LOGITS", "LOGITS_KL", "eager_stats", "gradients"]
+__all__ = ["HEAD", "HEAD_LOSS", "HEAD_LOSS_KL", "LOGITS", "LOGITS_KL", "compiled_stats", "eager_stats", "gradients"]
 
 ROW = 1024  # tokens of a sequence, for peers that want sequences
 # trl/trainer/utils.py, 1.16: the vocabulary slice that its trainers pass.
@@ -77,6 +77,16 @@ LOGITS = {
     "liger grpo": liger_grpo_logits,
 }
 LOGITS_KL = {name: LOGITS[name] for name in ("eager", "torch.compile")}
+
+
+# From hidden states, without gradients: (hidden, weight, labels) -> log-probabilities.
+
+
+def head_logprob(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return torch.log_softmax((hidden @ weight.T).float(), -1).gather(1, labels.unsqueeze(1)).squeeze(1)
+
+
+HEAD = {"eager": head_logprob, "torch.compile": torch.compile(head_logprob, dynamic=False)}
 
 
 # From hidden states: (hidden, weight, labels, ref_hidden, ref_weight) -> gradients of hidden and weight.

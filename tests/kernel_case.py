@@ -131,10 +131,14 @@ class LinearCase:
 
         return linear_logprob(labels=self.labels, **({"want": names} | self.inputs | self.ref | self.options | changes))
 
-    def exact(self):
-        """The oracle's results, and its leaves in the order of the inputs."""
-        leaves = {name: x.detach().double().requires_grad_() for name, x in self.inputs.items()}
-        ref = {name: x.detach().double() for name, x in self.ref.items()}
+    def exact(self, autocast=None):
+        """The oracle's results, and its leaves in the order of the inputs: under autocast the rounded operands."""
+
+        def taken(name, x):
+            return (x if autocast is None or name.endswith("bias") else x.to(autocast)).detach().double()
+
+        leaves = {name: taken(name, x).requires_grad_() for name, x in self.inputs.items()}
+        ref = {name: taken(name, x) for name, x in self.ref.items()}
         # An ignored row may hold anything.
         clean = (self.labels != IGNORE)[..., None]
         logits = torch.where(clean, leaves["hidden"], 0.0) @ leaves["weight"].T
@@ -145,13 +149,24 @@ class LinearCase:
             ref_logits = ref_logits + ref["ref_bias"] if "ref_bias" in ref else ref_logits
         return oracle(logits, self.labels, ref_logits, **self.options), list(leaves.values())
 
-    def compare(self, **tolerance):
-        inputs, stats = self.require(), self.stats()
+    def compare(self, autocast=None):
+        """Against the oracle. The backward pass runs outside autocast, as PyTorch asks for."""
+        inputs = self.require()
+        with autocast_to(autocast):
+            stats = self.stats()
         found = torch.autograd.grad(weighted(stats), inputs)
-        expected, leaves = self.exact()
-        exact = torch.autograd.grad(weighted(expected), leaves)
-        assert_results(stats, expected, **tolerance)
-        for a, b, x in zip(found, exact, inputs, strict=True):
-            assert a.dtype == x.dtype and a.shape == x.shape
-            scale = max(b.abs().max().item(), 1.0) if b.numel() else 1.0
-            torch.testing.assert_close(a.double(), b, rtol=0, atol=LINEAR_GRADIENT[x.dtype] * scale)
+        expected, leaves = self.exact(autocast)
+        assert_results(stats, expected)
+        assert_gradients(found, torch.autograd.grad(weighted(expected), leaves), inputs, autocast)
+
+
+def autocast_to(dtype):
+    return torch.autocast(DEVICE.type, dtype, enabled=dtype is not None)
+
+
+def assert_gradients(found, expected, inputs, autocast=None) -> None:
+    for a, b, x in zip(found, expected, inputs, strict=True):
+        assert a.dtype == x.dtype and a.shape == x.shape
+        scale = max(b.abs().max().item(), 1.0) if b.numel() else 1.0
+        rounding = max(LINEAR_GRADIENT[dtype] for dtype in (x.dtype, autocast or x.dtype))
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=rounding * scale)

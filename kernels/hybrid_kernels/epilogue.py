@@ -36,7 +36,9 @@ _IGNORE = tl.constexpr(IGNORE)
 # What differs from call to call must not make a new variant of a kernel.
 _VARYING = [
     "num_rows",
+    "num_columns",
     "first_column",
+    "total_columns",
     "inner",
     "skew",
     "outer_stride",

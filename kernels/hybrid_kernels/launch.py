@@ -90,7 +90,7 @@ def forward(
     if not labels.numel():
         return
     logprob, entropy_out, kl_out, state = results
-    config = config_for("forward", labels.device)
+    config = config_for("forward", columns.stop - columns.start, labels.device)
     other = rows if ref is None else ref
     with _device(labels):
         forward_kernel[(labels.numel(),)](
@@ -123,7 +123,7 @@ def backward(
     _, entropy, kl, state = results
     g_logprob, g_entropy, g_kl = grads
     ref = None if g_kl is None else ref
-    config = config_for("backward", labels.device)
+    config = config_for("backward", columns.stop - columns.start, labels.device)
     other = rows if ref is None else ref
     with _device(labels):
         backward_kernel[(labels.numel(),)](

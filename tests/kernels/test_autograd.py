@@ -94,10 +94,11 @@ def test_a_dtensor_is_refused_from_logits():
 
 
 @kernel
-def test_a_retained_graph_gives_the_same_gradients_twice_from_hidden_states():
+@pytest.mark.parametrize("keep_bytes", [0, 2**20])
+def test_a_retained_graph_gives_the_same_gradients_twice_from_hidden_states(keep_bytes):
     case = LinearCase(bias=True)
     inputs = case.require()
-    loss = weighted(case.stats())
+    loss = weighted(case.stats(keep_bytes=keep_bytes))
     first, second = (torch.autograd.grad(loss, inputs, retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -122,13 +123,13 @@ def test_it_runs_without_gradients_from_hidden_states(mode):
 
 
 @kernel
-def test_autocast_and_checkpointing_change_nothing_from_hidden_states():
+def test_checkpointing_under_autocast_changes_nothing_from_hidden_states():
     case = LinearCase()
     inputs = case.require()
-    expected = torch.autograd.grad(case.stats().logprob.sum(), inputs)
     with torch.autocast(DEVICE.type, torch.bfloat16):
+        plain = case.stats().logprob.sum()
         again = checkpoint(lambda h: case.stats(hidden=h).logprob.sum(), case.inputs["hidden"], use_reentrant=False)
-        found = torch.autograd.grad(again, inputs)
+    expected, found = (torch.autograd.grad(loss, inputs) for loss in (plain, again))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -140,18 +141,21 @@ def test_the_operators_pass_opcheck_from_hidden_states(share):
     inputs, ref = case.inputs, case.ref
     arguments = (inputs["hidden"], inputs["weight"], inputs["bias"], case.labels)
     reference = (ref["ref_hidden"], ref["ref_weight"].detach(), ref["ref_bias"])
-    operator = torch.ops.hybrid_kernels.linear_logprob.default
-    torch.library.opcheck(operator, (*arguments, *(reference if share else (None,) * 3), 0.7, 30.0, True))
+    operator, autocast = torch.ops.hybrid_kernels.linear_logprob.default, torch.bfloat16 if share else None
+    options = (0.7, 30.0, True, autocast, 2**20 if share else 0)
+    torch.library.opcheck(operator, (*arguments, *(reference if share else (None,) * 3), *options))
 
 
 @kernel
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_it_compiles_without_a_graph_break_from_hidden_states(backend):
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_it_compiles_without_a_graph_break_from_hidden_states(backend, autocast):
     case = LinearCase(bias=True)
     inputs = case.require()
 
     def loss(hidden):
-        stats = case.stats(hidden=hidden * 1.0)
+        with torch.autocast(DEVICE.type, autocast, enabled=autocast is not None):
+            stats = case.stats(hidden=hidden * 1.0, keep_bytes=2**20 if autocast else 0)
         return (stats.logprob + 0.1 * stats.entropy - stats.kl).mean()
 
     expected = torch.autograd.grad(loss(case.inputs["hidden"]), inputs)

@@ -27,9 +27,10 @@ FLAGS = {
     "everything": {"LOGPROB", "ENTROPY", "KL", "SOFTCAP", "BIAS", "REF_BIAS"},
 }
 CASES = [
-    pytest.param(kernel, *target, config, id=f"{kernel} {target[0]}{target[1] or ''}")
+    pytest.param(kernel, *target, config, id=f"{kernel} {target[0]}{target[1] or ''} {config.lanes}/{config.num_warps}")
     for kernel in KERNELS
-    for target, config in shipped_configs(kernel).items()
+    for target, table in shipped_configs(kernel).items()
+    for config in table
 ]
 
 
@@ -122,6 +123,7 @@ def test_an_unlisted_gpu_gets_the_newest_older_configuration(monkeypatch):
 
     for capability, arch in {(7, 5): 80, (8, 9): 80, (9, 0): 90, (12, 0): 100}.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, capability=capability: capability)
-        configs._config.cache_clear()
-        assert configs.config_for("forward", torch.device("cuda", 0)) == shipped_configs("forward")["cuda", arch]
-    configs._config.cache_clear()
+        configs._table.cache_clear()
+        found = tuple(configs.config_for("backward", columns, torch.device("cuda", 0)) for columns in (2048, 50_257))
+        assert found == shipped_configs("backward")["cuda", arch]
+    configs._table.cache_clear()

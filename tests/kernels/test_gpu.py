@@ -19,7 +19,7 @@ from kernel_case import (
 
 pytest.importorskip("triton", reason="Triton is an extra: pip install 'hybrid-trainer[triton]'")
 
-from hybrid_kernels import linear_logprob, token_stats
+from hybrid_kernels import linear_logprob, linear_logprob_loss, token_stats
 
 
 @on_gpu
@@ -155,3 +155,17 @@ def test_extra_memory_stays_below_one_gibibyte_on_the_head_of_llama_3_8b_from_hi
     weighted(stats).backward()
     gradients = 2 * (hidden.numel() + weight.numel())
     assert torch.cuda.max_memory_allocated() - before - gradients <= 2**30
+
+
+@on_gpu
+@pytest.mark.gpu
+def test_extra_memory_stays_below_3_2_gibibytes_on_the_head_of_qwen_2_5_7b_with_the_gradient_in_forward():
+    rows, vocab, width = 8192, 151_936, 3584
+    hidden = torch.empty(rows, width, dtype=torch.bfloat16, device=DEVICE).normal_().requires_grad_()
+    weight = torch.empty(vocab, width, dtype=torch.bfloat16, device=DEVICE).normal_(std=0.02).requires_grad_()
+    labels = some_labels((rows,), vocab)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_logprob_loss(hidden, weight, labels, lambda stats, rows: -stats.logprob)[0].backward()
+    gradients = 2 * (hidden.numel() + weight.numel())
+    assert torch.cuda.max_memory_allocated() - before - gradients <= 3.2 * 2**30

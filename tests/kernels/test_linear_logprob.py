@@ -12,13 +12,13 @@ from kernel_case import (
     NAMES,
     LinearCase,
     assert_results,
+    autocast_to,
     kernel,
     launcher,
     normal,
     run_interpreted,
     weighted,
 )
-from largest import Largest
 
 pytest.importorskip("triton", reason="Triton is an extra: pip install 'hybrid-trainer[triton]'")
 
@@ -209,6 +209,74 @@ def test_operands_of_two_dtypes_are_multiplied_in_float32():
 
 
 @kernel
+@pytest.mark.usefixtures("narrow_slices")
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtypes", [("float32", "float32"), ("bfloat16", "float32"), ("float32", "bfloat16")], ids="-".join
+)
+@pytest.mark.parametrize("share", [False, True])
+def test_under_autocast_the_operands_are_rounded_and_nothing_else(dtypes, share, autocast):
+    case = LinearCase(bias=True, share=share, softcap=30.0)
+    for inputs in (case.inputs, case.ref):
+        for name, x in inputs.items():
+            if not name.endswith("bias"):
+                inputs[name] = x.to(getattr(torch, dtypes[name.endswith("weight")]))
+    case.compare(autocast)
+
+
+@kernel
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_every_product_of_an_odd_vocabulary_has_aligned_sides(autocast, narrow_slices, products):
+    case = LinearCase((16,), 301, bias=True, share=True)
+    inputs = case.require()
+    with autocast_to(autocast):
+        torch.autograd.grad(weighted(case.stats()), inputs)
+    assert products and all(length % 8 == 0 for lengths in products for length in lengths)
+
+
+@kernel
+@pytest.mark.usefixtures("unwritten_memory_is_nan")
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_the_padding_of_an_odd_vocabulary_reaches_nothing(autocast, narrow_slices):
+    LinearCase((9,), 301, bias=True, share=True).compare(autocast)
+
+
+@kernel
+@pytest.mark.usefixtures("narrow_slices")
+@pytest.mark.parametrize("names", [NAMES, ("logprob",)], ids="+".join)
+@pytest.mark.parametrize("share", [False, True])
+def test_logits_that_are_kept_save_their_product_and_change_nothing(names, share, products):
+    case = LinearCase((5,), 700, bias=True, share=share)
+    inputs = case.require()
+    gradients = []
+    for num_kept in range(4):
+        # Of three slices, the last 188 columns wide; one byte less than the next would take.
+        stats = case.stats(keep_bytes=4 * 10 * (256, 512, 704, 768)[num_kept] - 1)
+        num_forward = len(products)
+        gradients.append(torch.autograd.grad(sum(weighted({name: getattr(stats, name)}) for name in names), inputs))
+        models = 2 if "kl" in names and not share else 1
+        assert len(products) - num_forward == 3 * 2 + (3 - num_kept) * models
+        products.clear()
+    for found in gradients[1:]:
+        for a, b in zip(found, gradients[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@kernel
+def test_nothing_is_kept_where_no_gradient_will_be_asked_for(monkeypatch):
+    given, inner = [], MODULE._new_kept
+    monkeypatch.setattr(MODULE, "_new_kept", lambda *a: given.append(a[-1]) or inner(*a))
+    case = LinearCase()
+    case.stats(keep_bytes=1000)
+    case.require()
+    with torch.no_grad():
+        case.stats(keep_bytes=1000)
+    assert given == [0, 0]
+    case.stats(keep_bytes=1000)
+    assert given[-1] == 1000
+
+
+@kernel
 def test_strided_inputs_change_nothing():
     case = LinearCase((4,), bias=True)
     expected = case.stats()
@@ -247,6 +315,7 @@ def test_a_label_outside_the_vocabulary_is_refused(label):
         ({"want": ("logits",)}, "want"),
         ({"temperature": -1.0}, "temperature"),
         ({"softcap": 0.0}, "softcap"),
+        ({"keep_bytes": -1}, "keep_bytes"),
     ],
     ids=str,
 )
@@ -265,10 +334,12 @@ def test_float64_is_refused():
 
 @kernel
 @pytest.mark.usefixtures("narrow_slices")
-def test_no_tensor_is_larger_than_a_slice_of_the_logits():
+def test_nothing_larger_than_a_slice_of_the_logits_is_allocated():
     case = LinearCase((12,), 1024, share=True)
     inputs = case.require()
-    with Largest() as largest:
+    with torch.profiler.profile(profile_memory=True) as profile:
         torch.autograd.grad(weighted(case.stats()), inputs)
-    # Both models' rows by 256 columns, and the weight with its gradient; the logits are 12 x 1024.
-    assert largest.numel <= max(2 * 12 * 256, case.inputs["weight"].numel())
+    operations = [event for event in profile.events() if event.name.startswith("aten::")]
+    largest = max(max(event.self_cpu_memory_usage, event.self_device_memory_usage) for event in operations)
+    # In float32: both models' rows by 256 columns, and the weight's gradient; the logits are 12 x 1024 twice.
+    assert 0 < largest <= 4 * max(2 * 12 * 256, case.inputs["weight"].numel())

@@ -8,10 +8,11 @@ import torch
 from kernel_case import (
     DEVICE,
     IGNORE,
-    LINEAR_GRADIENT,
     NAMES,
     LinearCase,
+    assert_gradients,
     assert_results,
+    autocast_to,
     kernel,
     launcher,
     normal,
@@ -22,6 +23,7 @@ pytest.importorskip("triton", reason="Triton is an extra: pip install 'hybrid-tr
 
 from hybrid_kernels import linear_logprob_loss
 
+HEAD = importlib.import_module("hybrid_kernels.head")
 MODULE = importlib.import_module("hybrid_kernels.linear_loss")
 
 
@@ -37,10 +39,11 @@ def sizes(request, monkeypatch):
     if request.param != "shipped":
         monkeypatch.setattr(MODULE, "LOGITS_BYTES", 2 * 2 * 4 * 512)
         monkeypatch.setattr(MODULE, "GRADIENT_BYTES", 1 if request.param == "two rows" else 4 * 4 * 512)
-        monkeypatch.setattr(MODULE, "DWEIGHT_COLUMNS", 100)
+        for module in (HEAD, MODULE):
+            monkeypatch.setattr(module, "WEIGHT_COLUMNS", 128)
 
 
-FACTORS = normal(3, 9, seed=9)
+FACTORS = normal(3, 16, seed=9)
 
 
 def token_loss(stats, rows):
@@ -57,23 +60,21 @@ def run(case, **changes):
     return linear_logprob_loss(labels=case.labels, token_loss=arguments.pop("token_loss", token_loss), **arguments)
 
 
-def expected_loss(case):
-    results, leaves = case.exact()
+def expected_loss(case, autocast):
+    results, leaves = case.exact(autocast)
     flat = type("Stats", (), {name: results[name].flatten() if name in results else None for name in NAMES})
     return token_loss(flat, slice(0, case.labels.numel())).sum(), leaves, results
 
 
-def compare(case):
+def compare(case, autocast=None):
     inputs = case.require()
-    loss, stats = run(case)
+    with autocast_to(autocast):
+        loss, stats = run(case)
     found = torch.autograd.grad(0.5 * loss, inputs)
-    expected, leaves, results = expected_loss(case)
+    expected, leaves, results = expected_loss(case, autocast)
     assert_results(stats, results)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
-    for a, b, x in zip(found, torch.autograd.grad(0.5 * expected, leaves), inputs, strict=True):
-        assert a.dtype == x.dtype and a.shape == x.shape
-        scale = max(b.abs().max().item(), 1.0)
-        torch.testing.assert_close(a.double(), b, rtol=0, atol=LINEAR_GRADIENT[x.dtype] * scale)
+    assert_gradients(found, torch.autograd.grad(0.5 * expected, leaves), inputs, autocast)
 
 
 @kernel
@@ -89,6 +90,29 @@ def compare(case):
 )
 def test_loss_statistics_and_gradients_equal_float64(shape, options, sizes):
     compare(LinearCase(shape, **options))
+
+
+@kernel
+@pytest.mark.parametrize("share", [False, True])
+def test_under_autocast_the_operands_are_rounded_and_nothing_else(share, sizes):
+    compare(LinearCase((9,), 301, bias=True, share=share), torch.bfloat16)
+
+
+@kernel
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_every_product_of_an_odd_vocabulary_has_aligned_sides(autocast, products):
+    case = LinearCase((16,), 301, bias=True, share=True)
+    inputs = case.require()
+    with autocast_to(autocast):
+        torch.autograd.grad(run(case)[0], inputs)
+    assert products and all(length % 8 == 0 for lengths in products for length in lengths)
+
+
+@kernel
+@pytest.mark.usefixtures("unwritten_memory_is_nan")
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_the_padding_of_an_odd_vocabulary_reaches_nothing(autocast, sizes):
+    compare(LinearCase((9,), 301, bias=True, share=True), autocast)
 
 
 @kernel
@@ -140,6 +164,28 @@ def test_the_statistics_and_the_reference_carry_no_gradient_and_no_grad_works():
     assert loss.requires_grad and not any(x.requires_grad for x in stats)
     with torch.no_grad():
         assert not run(case)[0].requires_grad
+
+
+@pytest.mark.parametrize("models", [1, 2])
+@pytest.mark.parametrize(("vocab", "width"), [(128_256, 4096), (152_064, 3584)], ids=["llama 3 8b", "qwen 2.5 7b"])
+def test_8192_rows_of_a_large_head_are_one_group_within_three_gibibytes(vocab, width, models):
+    chunk, group = MODULE.row_counts(8192, 4 * models * vocab, 2 * vocab)
+    assert group == 8192
+    # The logits, the dlogits, and the copy of the hidden states without what stands in ignored rows.
+    assert 4 * models * chunk * vocab + 2 * group * vocab + 2 * group * width <= 3.2 * 2**30
+
+
+@pytest.mark.parametrize("num_rows", [1, 127, 128, 129, 8191, 100_000])
+@pytest.mark.parametrize("row", [1, 2**20, 2**24, 2**30])
+def test_rows_are_taken_in_even_parts_within_the_workspaces(num_rows, row):
+    chunk, group = MODULE.row_counts(num_rows, row, row)
+    assert 1 <= chunk <= group <= num_rows
+    for part, whole, size in ((chunk, group, MODULE.LOGITS_BYTES), (group, num_rows, MODULE.GRADIENT_BYTES)):
+        assert part == 1 or part * row <= size
+        most = max(size // row, 1)
+        # No more parts than their size asks for, but for what whole tiles of 128 rows cost.
+        assert -(-whole // part) <= -(-whole // (most // 128 * 128 or most))
+    assert MODULE.row_counts(num_rows, row, None) == (MODULE.row_counts(num_rows, row, 1)[0],) * 2
 
 
 @kernel

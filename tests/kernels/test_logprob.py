@@ -332,7 +332,7 @@ def test_what_has_no_meaning_is_refused(changes, message):
 @kernel
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the interpreter's tile is what is claimed")
 def test_the_interpreters_tile_is_smaller_than_the_vocabularies_tested():
-    assert config_for("forward", DEVICE).columns == 256
+    assert config_for("forward", 1000, DEVICE).columns == 256
 
 
 @launcher
