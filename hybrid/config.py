@@ -44,12 +44,16 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; PPO's small updates round away in bfloat16
     precision: Precision = "float32"  # of the computation, by autocast: bfloat16, or float16 with scaled losses
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, more time
+    # MiB of logits that are kept for the backward pass, which computes the others again; of one microbatch at a time.
+    head_memory: int = 512
     device: str = "auto"  # auto: the GPU where there is one
     lora: LoraConfig | None = None  # train adapters on the frozen model ({}: with their defaults); None: all weights
     load_in_4bit: bool = False  # the frozen linear layers as nf4, by bitsandbytes; needs lora
 
     def __post_init__(self) -> None:
         _check_device(self.device, "ModelConfig.device")
+        if self.head_memory < 0:
+            raise ValueError(f"ModelConfig.head_memory must be >= 0, got {self.head_memory}")
         if self.load_in_4bit:
             if self.lora is None:
                 raise ValueError(

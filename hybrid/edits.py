@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "kl.patience",
     "gradient.max_skipped",
     "model.gradient_checkpointing",
+    "model.head_memory",
     "ppo.microbatch_size",
     "sft.microbatch_size",
     "rollout.cuda_graphs",

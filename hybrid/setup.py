@@ -240,6 +240,7 @@ def _check_vocabularies(policy: Policy, references: Sequence[Reference]) -> None
 def build_policy(policy: Policy | nn.Module | str | Path, config: ModelConfig) -> Policy:
     """The policy on its device: loaded where a name is given, given a value head where a plain model is."""
     policy = _placed_policy(policy, config)
+    policy.backbone.keep_bytes = config.head_memory * 2**20
     if config.gradient_checkpointing:
         recompute_activations(policy.backbone.trunk)
     return policy

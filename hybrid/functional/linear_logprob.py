@@ -22,7 +22,7 @@ __all__ = ["linear_logprob"]
 # regions, each of which waits for both threads (benchmarks/NOTES.md).
 _VOCAB_SLICE = 2048
 _ROW_CHUNK = 2048
-# Bytes of tiles that forward may keep for backward beside the memory of the weight's gradient.
+# Bytes of tiles that forward may keep for backward at least, beside the memory of the weight's gradient.
 _SPARE = 64 * 2**20
 
 
@@ -38,6 +38,7 @@ def linear_logprob(
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
+    keep_bytes: int = 0,
 ) -> TokenStats:
     """`token_stats` of the logits hidden @ weight.T + bias.
 
@@ -45,6 +46,8 @@ def linear_logprob(
         rows whose label is IGNORE are left out: they give 0, have no gradient and may hold anything, NaN too.
     want: any of "logprob", "entropy", "kl". "kl" is KL(policy || reference) and needs ref_hidden (..., D')
         and ref_weight (V, D'); the reference gets no gradient.
+    keep_bytes: what the logits may take that are kept for the backward pass, if there will be one; it takes the others'
+        product again.
     Products and statistics are float32 (float64 where an input is). Under autocast the operands of the products,
         forward and backward, may be rounded to its dtype (`rounded_operands`); they are added in float32 all the same.
     Gradients flow to hidden, weight and bias, once: create_graph=True raises RuntimeError.
@@ -54,6 +57,8 @@ def linear_logprob(
     check_scale(temperature, softcap)
     check_want("linear_logprob", want, ref_hidden=ref_hidden, ref_weight=ref_weight)
     _check_shapes(hidden, weight, labels, bias, want, ref_hidden, ref_weight, ref_bias)
+    if keep_bytes < 0:
+        raise ValueError(f"linear_logprob: keep_bytes must be at least 0, got {keep_bytes}")
     rows = (labels.reshape(-1) != IGNORE).nonzero().squeeze(1)  # (N,): the valid tokens
     picked = labels.reshape(-1)[rows].long()
     if labels.device.type == "cpu" and len(picked) and not (picked.min() >= 0 and picked.max() < weight.shape[0]):
@@ -66,8 +71,9 @@ def linear_logprob(
         reference = (_packed(ref_hidden.detach(), rows), ref_weight.detach(), _detached(ref_bias))
     scale, operands = (softcap, float(temperature)), autocast_dtype(hidden.device)
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    spare = max(_SPARE, keep_bytes) if trained else None
     outputs = _LinearLogprob.apply(
-        _packed(hidden, rows), weight, bias, picked, scale, operands, tuple(want), trained, *reference
+        _packed(hidden, rows), weight, bias, picked, scale, operands, tuple(want), spare, *reference
     )
     return TokenStats(
         **{
@@ -128,14 +134,14 @@ class _Head:
         self.dweight: Tensor | None = None
         self.spare, self.free = 0, self.hidden.new_empty(0)  # bytes, and memory, that kept logits may still take
 
-    def keep(self) -> None:
+    def keep(self, spare: int) -> None:
         """Keep the logits of the first tiles from now on, so that backward need not compute them again.
 
         Before memory of their own they get that of the weight's gradient, as long as it is empty. Backward writes
         that slice after slice from its start; so they stand at its end, in the order in which they will be read, and
         are so few that each is read before its place is written.
         """
-        self.spare = _SPARE
+        self.spare = spare
         if self.weight.requires_grad and self.weight.dtype == self.hidden.dtype and self.rows:
             self.dweight = torch.empty_like(self.weight, memory_format=torch.contiguous_format)
             num, width = self.dweight.numel(), self.cols[0].stop
@@ -203,15 +209,15 @@ class _LinearLogprob(torch.autograd.Function):
         scale: tuple[float | None, float],
         operands: torch.dtype | None,
         want: tuple[str, ...],
-        trained: bool,
+        spare: int | None,
         *reference: Tensor | None,
     ) -> tuple[Tensor, ...]:
         dtype = float_dtype(*(x for x in (hidden, weight, bias, *reference) if x is not None))
         ctx.set_materialize_grads(False)
         with torch.autocast(hidden.device.type, enabled=False), rounded_operands(operands):
             policy = _Head((hidden, weight, bias), scale, dtype)
-            if trained:
-                policy.keep()
+            if spare is not None:
+                policy.keep(spare)
             ref = _Head(reference, scale, dtype) if reference else None
             stats = _forward(policy, ref, labels, entropy="entropy" in want)
         ctx.save_for_backward(hidden, weight, bias, labels, *reference, *stats.values())

@@ -54,6 +54,7 @@ class Backbone(nn.Module):
         self.softcap: float | None = next((cap for cap in caps if cap is not None), None)
         self.register_buffer("_outside", None, persistent=False)  # (V,) -inf at the ids that the tokenizer has not
         self._fitted: tuple[int, int] | None = None  # the tokenizer that it was made for
+        self.keep_bytes = 0  # what logits may take that training keeps for its backward pass
         self.logit_scale = 1.0
         with refusing(model):
             self.logit_scale = logit_scale(self)

@@ -204,6 +204,7 @@ def response_stats(
         temperature=temperature,
         softcap=backbone.softcap,
         want=want,
+        keep_bytes=backbone.keep_bytes,
         **other,
     )
 

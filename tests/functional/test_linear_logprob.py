@@ -370,3 +370,23 @@ def test_the_hook_that_looks_for_large_tensors_sees_the_plain_paths_logits():
     with Largest() as largest:
         token_logprob(case.logits(), case.labels)
     assert largest.numel == B * T * V
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 5 * 3 * 8, 2**20], ids=["none", "some", "all"])
+@pytest.mark.usefixtures("small_tiles")
+def test_kept_logits_change_no_number(keep_bytes, monkeypatch):
+    monkeypatch.setattr(MODULE, "_SPARE", 0)
+    case = Case(vocab=7)
+    inputs = case.trainable()
+    stats = linear_logprob(case.hidden, case.weight, case.labels, bias=case.bias, keep_bytes=keep_bytes)
+    expected = token_logprob(case.hidden @ case.weight.T + case.bias, case.labels)
+    torch.testing.assert_close(stats.logprob, expected, rtol=0, atol=TIGHT)
+    found, wanted = (torch.autograd.grad(x.sum(), inputs) for x in (stats.logprob, expected))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=TIGHT)
+
+
+def test_a_negative_budget_is_refused():
+    case = Case()
+    with pytest.raises(ValueError, match="keep_bytes must be at least 0, got -1"):
+        linear_logprob(case.hidden, case.weight, case.labels, keep_bytes=-1)
