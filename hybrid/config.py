@@ -44,6 +44,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; PPO's small updates round away in bfloat16
     precision: Precision = "float32"  # of the computation, by autocast: bfloat16, or float16 with scaled losses
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, more time
+    compile: bool = False  # the trunk's forward and backward by torch.compile: minutes at first, then less time
     # MiB of logits that are kept for the backward pass, which computes the others again; of one microbatch at a time.
     head_memory: int = 512
     device: str = "auto"  # auto: the GPU where there is one
@@ -52,6 +53,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_device(self.device, "ModelConfig.device")
+        if self.compile and self.gradient_checkpointing:
+            raise ValueError(
+                "ModelConfig.compile does not go with ModelConfig.gradient_checkpointing: set one to false"
+            )
         if self.head_memory < 0:
             raise ValueError(f"ModelConfig.head_memory must be >= 0, got {self.head_memory}")
         if self.load_in_4bit:

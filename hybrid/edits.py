@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "kl.limit",
     "kl.patience",
     "gradient.max_skipped",
+    "model.compile",
     "model.gradient_checkpointing",
     "model.head_memory",
     "ppo.microbatch_size",

@@ -243,6 +243,8 @@ def build_policy(policy: Policy | nn.Module | str | Path, config: ModelConfig) -
     policy.backbone.keep_bytes = config.head_memory * 2**20
     if config.gradient_checkpointing:
         recompute_activations(policy.backbone.trunk)
+    if config.compile:
+        policy.backbone.compile_trunk()
     return policy
 
 

@@ -136,6 +136,18 @@ class Backbone(nn.Module):
         with short_attention(self.device):
             return self._scaled(self._run(input_ids, mask, position_ids, use_cache=False).last_hidden_state)
 
+    def compile_trunk(self) -> None:
+        """Have torch.compile make the trunk's forward and backward, for rows of any number and length.
+
+        The same numbers to rounding. A copy of the backbone is not compiled.
+        """
+        self.trunk.compile(dynamic=True)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether `compile_trunk` was called."""
+        return getattr(self.trunk, "_compiled_call_impl", None) is not None
+
     def fit_vocabulary(self, tokenizer: Any) -> None:
         """Give ids that the tokenizer has no token for no probability: in sampling and in log-probs alike.
 
@@ -210,7 +222,9 @@ class Backbone(nn.Module):
     def _run(self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor, **kwargs: Any) -> Any:
         if self._takes_positions:
             kwargs["position_ids"] = position_ids
-        return self.trunk(input_ids=input_ids, attention_mask=mask, **kwargs)
+        # Compiled is what trains and scores; a cache's shape is another at every token.
+        run = self.trunk.forward if kwargs["use_cache"] and self.is_compiled else self.trunk
+        return run(input_ids=input_ids, attention_mask=mask, **kwargs)
 
 
 def _check_kind(model: Any) -> None:
