@@ -2,7 +2,7 @@
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -102,12 +102,16 @@ class EagerSteps:
 
 
 class FixedSteps:
-    """A call is one token more, by a cache of fixed shape; from the second on a replayed graph where `captures`."""
+    """A call is one token more, by a cache of fixed shape; from the second on a replayed graph where `captures`.
 
-    def __init__(self, backbone: Backbone, state: Decoding, cache: Any, *, captures: bool):
+    compiles: have torch.compile make the step, which takes half a minute.
+    """
+
+    def __init__(self, backbone: Backbone, state: Decoding, cache: Any, *, captures: bool, compiles: bool):
         self.backbone, self.state, self.cache = backbone, state, cache
         self.captures, self.calls = captures, 0
         self.graph: torch.cuda.CUDAGraph | None = None
+        self._run: Callable[[], None] = torch.compile(self._step) if compiles else self._step
 
     def __call__(self) -> None:
         self.calls += 1
@@ -115,7 +119,7 @@ class FixedSteps:
         if self.graph is None and self.captures and self.calls > 1:
             self.graph = self._captured()
         if self.graph is None:
-            self._step()
+            self._run()
         else:
             self.graph.replay()
 
@@ -134,7 +138,7 @@ class FixedSteps:
         torch.cuda.synchronize()
         try:
             with torch.cuda.graph(graph):
-                self._step()
+                self._run()
         except RuntimeError as error:
             self.captures = False
             warnings.warn(
@@ -149,11 +153,11 @@ class FixedSteps:
 class Graphs:
     """Fixed steps by their shapes, so that a graph serves many rollouts. Keeps the last few, with their memory.
 
-    captures: False runs the same steps uncaptured, on any device.
+    captures: False runs the same steps uncaptured, on any device.   compiles: see `FixedSteps`.
     """
 
-    def __init__(self, *, captures: bool = True, keep: int = 4):
-        self.captures, self.keep = captures, keep
+    def __init__(self, *, captures: bool = True, compiles: bool = False, keep: int = 4):
+        self.captures, self.compiles, self.keep = captures, compiles, keep
         self._known: OrderedDict[Hashable, FixedSteps] = OrderedDict()
         self._fits: bool | None = None  # whether the model gives the same with a cache of fixed shape
 
@@ -177,7 +181,7 @@ class Graphs:
         else:
             fixed = fixed_cache(cache, seen, room, repeats)
             state = Decoding(how, ends, num_rows, room, backbone.device)
-            self._known[key] = FixedSteps(backbone, state, fixed, captures=self.captures)
+            self._known[key] = FixedSteps(backbone, state, fixed, captures=self.captures, compiles=self.compiles)
         self._known.move_to_end(key)
         while len(self._known) > self.keep:
             self._known.popitem(last=False)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 __all__ = ["draw"]
 
@@ -27,8 +28,9 @@ def draw(
     z = _truncated(logits if temperature == 1 else logits / temperature, top_k, top_p)
     z = z - z.amax(-1, keepdim=True)
     rows, vocab = z.shape
-    p = z.new_zeros(rows, -(-vocab // _BLOCK) * _BLOCK)
-    torch.exp(z, out=p[:, :vocab])
+    p = z.exp()
+    if vocab % _BLOCK:
+        p = pad(p, (0, -vocab % _BLOCK))
     blocks = p.view(rows, -1, _BLOCK)
     summed = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # (B, blocks)
     total = summed[:, -1:]

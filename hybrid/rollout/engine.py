@@ -50,7 +50,7 @@ class Engine:
         self.policy.eval()
         return sample(
             self._backbone(), prompt_ids, prompt_mask, sampling, eos_ids=eos_ids, pad_id=pad_id, repeats=repeats,
-            generator=generator, is_over=is_over, graphs=self._captured(),
+            generator=generator, is_over=is_over, graphs=self._fixed_steps(),
         )  # fmt: skip
 
     def _backbone(self) -> Backbone:
@@ -65,9 +65,10 @@ class Engine:
         self._shadow.backbone.eval()
         return self._shadow.backbone
 
-    def _captured(self) -> Graphs | None:
-        if not self.config.cuda_graphs or self.policy.device.type != "cuda":
-            return None
-        if self._graphs is None:
-            self._graphs = Graphs()
+    def _fixed_steps(self) -> Graphs | None:
+        """Steps of fixed shape, where they gain: captured on a GPU, compiled anywhere."""
+        captures = self.config.cuda_graphs and self.policy.device.type == "cuda"
+        compiles = self.policy.backbone.is_compiled
+        if self._graphs is None and (captures or compiles):
+            self._graphs = Graphs(captures=captures, compiles=compiles)
         return self._graphs

@@ -39,7 +39,7 @@ def test_a_compiled_trunk_gives_the_same_gradients_for_all_shapes_with_few_graph
 
 @pytest.mark.slow
 def test_a_run_with_a_compiled_trunk_is_the_run_without_to_rounding(tokenizer):
-    losses = []
+    losses, tokens = [], []
     for on in (False, True):
         config = HybridConfig.from_dict(
             {"model": {"compile": on}, "sampling": {"max_new_tokens": 6}, "ppo": {"batch_size": 2, "minibatch_size": 2},
@@ -47,9 +47,12 @@ def test_a_run_with_a_compiled_trunk_is_the_run_without_to_rounding(tokenizer):
         )  # fmt: skip
         hybrid = HybridTrainer(tiny_model("llama"), tokenizer, ROWS, lambda response: float(len(response)), config)
         assert hybrid.policy.backbone.is_compiled == on
-        metrics = hybrid.ppo_step(hybrid.rollout(ROWS))
+        rollout = hybrid.rollout(ROWS)
+        metrics = hybrid.ppo_step(rollout)
         assert metrics["sampling_gap_max"] < 1e-4
+        tokens.append(rollout.input_ids)
         losses.append([metrics["loss"], metrics["grad_norm"], metrics["kl"]])
+    assert torch.equal(*tokens)  # drawn by compiled steps
     assert losses[0] == pytest.approx(losses[1], rel=1e-3, abs=1e-5)
 
 
