@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from whole_run import crash, logged_rows
 
 from hybrid import HybridConfig, HybridTrainer, Policy
@@ -152,7 +153,8 @@ def test_what_cannot_be_resumed_is_refused(tmp_path, capsys):
 
 def test_a_run_of_the_first_floor_plan_goes_on(tokenizer, tmp_path):
     """tests/runs/0.1 was saved after its third step by commit 7d4f462, before a step was a sum of terms. Its
-    metrics.jsonl has the fourth too, which comes again to the rounding of another processor."""
+    metrics.jsonl has the fourth too. Today's sampler draws other tokens with the same seed, from the same policy: what
+    does not hang on them comes again, to a few tokens' spread."""
     from tiny import tiny_model
 
     def score(response):
@@ -169,9 +171,14 @@ def test_a_run_of_the_first_floor_plan_goes_on(tokenizer, tmp_path):
         reward=score,
     )
     assert trainer.num_steps == 3
+    saved = load_file(tmp_path / "run" / "checkpoints" / "step-3" / "model" / "model.safetensors")
+    own = trainer.policy.backbone.model.state_dict()
+    assert all(torch.equal(own[name], weight) for name, weight in saved.items())
+    assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {3}
     trainer.train()
     found = logged_rows(tmp_path / "run")[-1]
     assert found.keys() == expected.keys()
     assert {name: found[name] for name in ("step", "phase", "cycle")} == {"step": 4, "phase": "ppo", "cycle": 0}
-    for name in ("loss", "kl", "entropy", "grad_norm", "value_mean", "ratio_max"):
-        assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5)
+    for name in ("lr", "kl_coef", "value_mean", "response_length"):
+        assert found[name] == expected[name]
+    assert found["entropy"] == pytest.approx(expected["entropy"], rel=0.05)
