@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +10,34 @@ from torch import Tensor, nn
 from hybrid.core import InputError, first_line, is_out_of_memory
 from hybrid.functional import autocast_dtype, soft_capped
 
-if TYPE_CHECKING:
-    from hybrid.models.backbone import Backbone
-
 __all__ = ["check_contract", "check_packing", "logit_scale", "refusing", "takes_fixed_cache", "windows"]
 
 NUM_TOKENS, NUM_PADDING, NUM_STEPS = 7, 3, 2
 # As transformers' configs call the number of tokens that a layer looks back.
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
+
+
+class Tried(Protocol):
+    """What is tried: a `Backbone`, of which this room's checks are a part."""
+
+    @property
+    def model(self) -> Any: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def head_weight(self) -> Tensor: ...
+    @property
+    def head_bias(self) -> Tensor | None: ...
+    @property
+    def softcap(self) -> float | None: ...
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None) -> Tensor: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+    def next_logits(
+        self, input_ids: Tensor, attention_mask: Tensor, cache: Any = None, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, Any]: ...
 
 
 @contextmanager
@@ -40,7 +60,7 @@ def refusing(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def logit_scale(backbone: "Backbone") -> float:
+def logit_scale(backbone: Tried) -> float:
     """The constant factor of the model's own logits over head(trunk(x)), which its config has (Granite); else 1.
 
     Raises InputError where the two are not proportional, but for a soft-cap (a layer between trunk and head).
@@ -80,7 +100,7 @@ def _scales(config: Any) -> list[float]:
     return [1.0, *values, *(1 / value for value in values)]
 
 
-def check_contract(backbone: "Backbone") -> None:
+def check_contract(backbone: Tried) -> None:
     """Raise InputError, by the model's name, unless
 
     a token's hidden state is the same alone, behind padding and before padding;
@@ -115,7 +135,7 @@ def check_contract(backbone: "Backbone") -> None:
         new = rows[:, position + 1 : position + 2]
 
 
-def check_packing(backbone: "Backbone", max_length: int) -> None:
+def check_packing(backbone: Tried, max_length: int) -> None:
     """Raise InputError unless packed segments give the hidden states that they have alone.
 
     The segment that is tried is longer than any window of the model, where rows of `max_length` tokens can be.
@@ -138,7 +158,7 @@ def check_packing(backbone: "Backbone", max_length: int) -> None:
         raise InputError(f"{name} cannot keep packed examples apart; set sft.packing to false")
 
 
-def takes_fixed_cache(backbone: "Backbone") -> bool:
+def takes_fixed_cache(backbone: Tried) -> bool:
     """Whether steps with a cache of fixed shape (`fixed_cache`) give what steps with a growing one give.
 
     Tried behind padding and without any, which are two paths in transformers, and where the model has a window on more
@@ -151,7 +171,7 @@ def takes_fixed_cache(backbone: "Backbone") -> bool:
         return False
 
 
-def _same_with_fixed_cache(backbone: "Backbone", padding: int) -> bool:
+def _same_with_fixed_cache(backbone: Tried, padding: int) -> bool:
     from hybrid.models.cache import fixed_cache  # here: it loads transformers
 
     seen = min(max([NUM_TOKENS, *(window + 2 for window in windows(backbone.model.config))]), 1024)
@@ -178,7 +198,7 @@ def windows(config: Any) -> list[int]:
     return [value for value in values if isinstance(value, int) and value > 0]
 
 
-def _tokens(backbone: "Backbone", length: int) -> Tensor:
+def _tokens(backbone: Tried, length: int) -> Tensor:
     """(1, length) ids, none of them 0, which fills the padding here."""
     ids = torch.arange(length, device=backbone.device) % (backbone.head_weight.shape[0] - 1) + 1
     return ids.unsqueeze(0)

@@ -143,7 +143,7 @@ class FixedSteps:
             self.captures = False
             warnings.warn(
                 f"decoding is not captured as a CUDA graph, and slower for it: {first_line(error)}; "
-                "rollout.cuda_graphs=false says nothing of it",
+                "rollout.cuda_graphs=false does not try it",
                 stacklevel=2,
             )
             return None
