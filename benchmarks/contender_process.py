@@ -32,26 +32,25 @@ class Process:
         self.name, self.job, self._log = name, job, log
         with log.open("w") as said:
             self._process = subprocess.Popen(
-                [python, str(SCRIPTS / script), json.dumps(asdict(job))],
+                [python, str(SCRIPTS / script)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, bufsize=1, env=environment,
             )  # fmt: skip
-        self.versions: dict[str, str] = self._answer()["ready"]
+        self.versions: dict[str, str] = self._asked(json.dumps(asdict(job)))["ready"]
 
     def iteration(self) -> dict[str, Any]:
         """Have one made; its `seconds`, `peak_mib` and `counts`."""
-        assert self._process.stdin is not None
-        # Of one that has ended the last words are read below.
-        with suppress(BrokenPipeError):
-            self._process.stdin.write("\n")
-        return self._answer()
+        return self._asked("")
 
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
 
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
+    def _asked(self, question: str) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        # Of one that has ended the last words are read below.
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(question + "\n")
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()

@@ -1,7 +1,7 @@
 """What contenders share: the job they are given, the lines they are asked by, clock and counts.
 
-A contender is a script that runs under an interpreter of its own. It gets a job as its argument, says "ready", then
-makes one iteration of it for each line that it reads, and answers each with a line of JSON.
+A contender is a script that runs under an interpreter of its own. It reads a job, a line of JSON, says "ready", then
+makes one iteration of it for each further line, and answers each with a line of JSON.
 """
 
 import json
@@ -201,7 +201,7 @@ class Line(Generic[Job]):
         self._pipe = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)
         self._packages = packages
-        self.job = kind(**json.loads(sys.argv[1]))
+        self.job = kind(**json.loads(sys.stdin.readline()))
         torch.manual_seed(self.job.seed)
 
     def iterations(self, meter: Meter) -> Iterator[None]:
