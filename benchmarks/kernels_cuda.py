@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from bandwidth import copy_bandwidth
 from kernels_peers import HEAD, HEAD_LOSS, HEAD_LOSS_KL, LOGITS, LOGITS_KL, compiled_stats, eager_stats, gradients
 from torch import Tensor
 
@@ -57,19 +58,16 @@ def measure(*, rounds: int, quick: bool) -> dict[str, Any]:
     ceilings, rows = [], []
     for vocab, width in heads:
         for num in num_rows:
-            bandwidth, product = copy_bandwidth(quick), product_seconds(num, vocab, width, rounds)
+            bandwidth, product = (
+                copy_bandwidth(DEVICE, 64 if quick else 4096),
+                product_seconds(num, vocab, width, rounds),
+            )
             ceilings.append({"V": vocab, "D": width, "N": num, "GB/s": bandwidth / 1e9, "G ms": product * 1e3})
             for cases in (from_logits, from_hidden):
                 for case in cases(num, vocab, width, bandwidth, product):
                     rows += [{"V": vocab, "D": width, "N": num, **row} for row in measured(case, rounds)]
                 torch.cuda.empty_cache()
     return {"rounds": rounds, "dtype": "bfloat16", "ceilings": ceilings, "rows": rows}
-
-
-def copy_bandwidth(quick: bool) -> float:
-    source = torch.empty((64 if quick else 4096) * 2**20, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / median(seconds({"copy": lambda: target.copy_(source)}, 9)["copy"])
 
 
 def product_seconds(num: int, vocab: int, width: int, rounds: int) -> float:

@@ -1,13 +1,12 @@
-"""The interpreters of `ppo_step.py`'s contenders: ours, and virtual environments with TRL from PyPI."""
+"""The interpreters of `ppo_step.py`'s contenders: virtual environments with TRL from PyPI."""
 
-import os
 import subprocess
 import venv
 from pathlib import Path
 
 import torch
 
-__all__ = ["ROOT", "TRL", "environment", "interpreter"]
+__all__ = ["TRL", "interpreter"]
 
 ROOT = Path(__file__).resolve().parents[1]
 # The last two releases of TRL that have PPO: of the first design and of the second. What is not pinned here is what
@@ -32,15 +31,3 @@ def interpreter(name: str, folder: Path) -> str:
         subprocess.run([str(python), "-m", "pip", "install", "-qq", *wanted], check=True)
         made.write_text("\n".join(wanted))
     return str(python)
-
-
-def environment(threads: int) -> dict[str, str]:
-    """The variables of a contender: so many threads, nothing from a hub, and our packages from this checkout."""
-    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "OMP_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-    }

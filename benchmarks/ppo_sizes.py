@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["SIZES", "Size", "write_model"]
+from hybrid.core import no_progress_bars
+
+__all__ = ["SIZES", "Size", "llama", "write_model"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Size:
         return torch.randint(self.vocabulary, shape, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def _llama(layers: int, hidden: int, inner: int, heads: int, kv_heads: int, **others: Any) -> dict[str, Any]:
+def llama(layers: int, hidden: int, inner: int, heads: int, kv_heads: int, **others: Any) -> dict[str, Any]:
     return {
         "num_hidden_layers": layers,
         "hidden_size": hidden,
@@ -44,10 +46,10 @@ def _llama(layers: int, hidden: int, inner: int, heads: int, kv_heads: int, **ot
 
 
 SIZES = {
-    "tiny": Size("llama", _llama(2, 128, 512, 4, 4), 2048),
-    "mid": Size("llama", _llama(4, 256, 1024, 4, 4), 50257),
+    "tiny": Size("llama", llama(2, 128, 512, 4, 4), 2048),
+    "mid": Size("llama", llama(4, 256, 1024, 4, 4), 50257),
     # One epoch, to bound an iteration.
-    "smollm2": Size("llama", _llama(30, 576, 1536, 9, 3, tie_word_embeddings=True), 49152, epochs=1),
+    "smollm2": Size("llama", llama(30, 576, 1536, 9, 3, tie_word_embeddings=True), 49152, epochs=1),
     # Without dropout, which only TRL 0.11.4 leaves on in PPO.
     "gpt2": Size(
         "gpt2", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "summary_first_dropout": 0.0}, 50257,
@@ -55,7 +57,7 @@ SIZES = {
     ),
     # The shape of Qwen2.5-1.5B.
     "llama-1.5b": Size(
-        "llama", _llama(28, 1536, 8960, 12, 2, tie_word_embeddings=True), 151936,
+        "llama", llama(28, 1536, 8960, 12, 2, tie_word_embeddings=True), 151936,
         num_prompts=64, prompt_length=64, response_length=128, epochs=1, minibatch_size=16, is_large=True,
     ),
 }  # fmt: skip
@@ -74,7 +76,8 @@ def write_model(folder: Path, size: Size, *, seed: int, device: str) -> None:
     config = AutoConfig.for_model(size.family, vocab_size=size.vocabulary, **special, **size.shape)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(folder)
+    with no_progress_bars():
+        model.save_pretrained(folder)
     del model
     torch.cuda.empty_cache()  # the GPU is the contenders'
     tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(size.vocabulary)}))

@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,19 +26,53 @@ ROOT = Path(__file__).resolve().parents[1]
 if Path(sys.path[0]).resolve() == ROOT / "benchmarks":
     sys.path[0] = str(ROOT)
 
+from benchmarks.contender_process import Failed, Process, by_turns, environment  # noqa: E402
+from benchmarks.contenders.protocol import PPOJob  # noqa: E402
 from benchmarks.kernels import table  # noqa: E402
-from benchmarks.ppo_contenders.protocol import Job  # noqa: E402
-from benchmarks.ppo_environments import environment, interpreter  # noqa: E402
-from benchmarks.ppo_process import Contender, Failed, Process  # noqa: E402
+from benchmarks.ppo_environments import interpreter  # noqa: E402
 from benchmarks.ppo_sizes import SIZES, Size, write_model  # noqa: E402
 from benchmarks.stamp import stamp  # noqa: E402
 
 SEED = 0
+SCRIPTS = {"ours": "ppo_ours.py", "trl-0.11.4": "ppo_trl_011.py", "trl-1.12.0": "ppo_trl_112.py"}
 ON_CPU = ["ours", "trl-0.11.4", "trl-1.12.0"]
 ON_GPU = ["ours", "ours:model.precision=bfloat16", "ours+generate", "ours+vllm", "trl-1.12.0", "trl-1.12.0:bf16=true"]
 LARGE_ON_GPU = ["ours:model.precision=bfloat16", "trl-1.12.0:bf16=true"]
 PHASES = ("generate", "score", "update", "all")
 COLUMNS = ["size", "contender", *(f"{phase} s" for phase in PHASES), "fastest", "slowest", "x ours", "peak MiB"]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """PACKAGE[+ROLLOUT][:KEY=VALUE,...]: what is measured, what draws the responses, and what its config is told."""
+
+    name: str
+
+    @property
+    def package(self) -> str:
+        return self._parts[0].partition("+")[0]
+
+    @property
+    def is_ours(self) -> bool:
+        return self.package == "ours"
+
+    @property
+    def _parts(self) -> tuple[str, str]:
+        head, _, options = self.name.partition(":")
+        return head, options
+
+    def check(self) -> None:
+        """Raise ValueError where there is no such contender."""
+        rollout = self._parts[0].partition("+")[2]
+        if self.package not in SCRIPTS or rollout not in (("", "generate", "vllm") if self.is_ours else ("",)):
+            known = ", ".join([*SCRIPTS, "ours+generate", "ours+vllm"])
+            raise ValueError(f"unknown contender {self.name!r}; known: {known}, each with :KEY=VALUE,... behind it")
+
+    def job(self, job: PPOJob, options: list[str]) -> PPOJob:
+        """The job for it. options: those of all of ours, before its own."""
+        head, own = self._parts
+        given = (*(options if self.is_ours else ()), *filter(None, own.split(",")))
+        return replace(job, options=given, rollout=head.partition("+")[2] or "own")
 
 
 def main() -> None:
@@ -99,7 +134,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         write_model(model, size, seed=SEED, device=arguments.device)
-        job = Job(
+        job = PPOJob(
             str(model), size.prompts(SEED), size.response_length, size.epochs, size.minibatch_size,
             arguments.device, SEED,
         )  # fmt: skip
@@ -107,9 +142,7 @@ def measure(
         rounds = by_turns(processes, arguments.rounds, began + arguments.limit)
         for process in processes:
             process.close()
-    rows = [
-        row(name, process, rounds[process.contender.name]) for process in processes if process.contender.name in rounds
-    ]
+    rows = [row(name, process, rounds[process.name]) for process in processes if process.name in rounds]
     for one in rows:
         first = next((other for other in rows if other["contender"].startswith("ours")), one)
         one["times_ours"] = one["seconds"]["all"] / first["seconds"]["all"]
@@ -120,48 +153,27 @@ def measure(
     return rows
 
 
-def started(contenders: list[Contender], job: Job, arguments: argparse.Namespace, folder: Path) -> list[Process]:
+def started(contenders: list[Contender], job: PPOJob, arguments: argparse.Namespace, folder: Path) -> list[Process]:
     """Those that say that they are ready."""
     processes = []
     for number, contender in enumerate(contenders):
+        package, its_job = contender.package, contender.job(job, arguments.options)
         python = sys.executable if contender.is_ours else arguments.trl_python
-        python = python or interpreter(contender.package, arguments.env_dir)
-        its_job, log = contender.job(job, arguments.options), folder / f"{number}.log"
+        python = python or interpreter(package, arguments.env_dir)
         try:
-            processes.append(Process(contender, python, its_job, environment(arguments.threads), log))
+            process = Process(
+                contender.name, SCRIPTS[package], its_job, python=python,
+                environment=environment(arguments.threads), log=folder / f"{number}.log",
+            )  # fmt: skip
         except Failed as failed:
             print(f"{contender.name} is left out: {failed}")
+            continue
+        if not contender.is_ours and package != (found := f"trl-{process.versions['trl']}"):
+            process.close()
+            print(f"{contender.name} is left out: {python} has {found}")
+            continue
+        processes.append(process)
     return processes
-
-
-def by_turns(processes: list[Process], num_rounds: int, deadline: float) -> dict[str, list[dict[str, Any]]]:
-    """The answers of each contender, by its name, without the first round, which warms up.
-
-    Ends the run (SystemExit) where one did not do the work that all are to do.
-    """
-    answers: dict[str, list[dict[str, Any]]] = {process.contender.name: [] for process in processes}
-    longest = 0.0
-    for number in range(num_rounds + 1):
-        began = time.perf_counter()
-        if number > 1 and began + longest > deadline:
-            print(f"stopped after {number - 1} rounds, for the time")
-            break
-        for process in processes:
-            name = process.contender.name
-            if name not in answers:
-                continue
-            try:
-                answer = process.iteration()
-            except Failed as failed:
-                print(f"{name} is left out: {failed}")
-                del answers[name]
-                continue
-            if answer["counts"] != process.job.counts:
-                sys.exit(f"{name} did other work: {answer['counts']}, where {process.job.counts} was meant")
-            if number:
-                answers[name].append(answer)
-        longest = max(longest, time.perf_counter() - began)
-    return answers
 
 
 def row(size: str, process: Process, answers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -169,7 +181,7 @@ def row(size: str, process: Process, answers: list[dict[str, Any]]) -> dict[str,
     seconds = [answer["seconds"] for answer in answers]
     return {
         "size": size,
-        "contender": process.contender.name,
+        "contender": process.name,
         "versions": process.versions,
         "seconds": {phase: median(one[phase] for one in seconds) for phase in PHASES},
         "spread": [min(one["all"] for one in seconds), max(one["all"] for one in seconds)],

@@ -1,4 +1,4 @@
-"""The benchmark of a PPO iteration: that all contenders do the same work, and what becomes of one that does not."""
+"""The benchmark of a PPO iteration: that all contenders do the same work."""
 
 import subprocess
 import sys
@@ -8,12 +8,11 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from benchmarks.ppo_contenders.protocol import Job, Meter, rewards
-from benchmarks.ppo_process import Contender, Failed
-from benchmarks.ppo_step import by_turns
+from benchmarks.contenders.protocol import PPOJob, PPOMeter, rewards
+from benchmarks.ppo_step import Contender
 
 ROOT = Path(__file__).resolve().parents[1]
-JOB = Job("model", [[1, 2], [3, 4], [5, 6]], response_length=4, epochs=2, minibatch_size=2, device="cpu")
+JOB = PPOJob("model", [[1, 2], [3, 4], [5, 6]], response_length=4, epochs=2, minibatch_size=2, device="cpu")
 
 
 def test_an_iteration_is_counted_by_hand():
@@ -24,7 +23,7 @@ def test_an_iteration_is_counted_by_hand():
 def test_the_meter_counts_what_the_policy_embeds_with_a_gradient_and_the_optimizers_steps():
     model = tiny_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    meter = Meter(model, optimizer, JOB)
+    meter = PPOMeter(model, optimizer, JOB)
     prompts = torch.tensor(JOB.prompts)
     meter.begin()
     with torch.no_grad():
@@ -56,43 +55,6 @@ def test_a_contender_is_told_the_options_of_all_of_ours_and_then_its_own():
 def test_an_unknown_contender_is_refused(name):
     with pytest.raises(ValueError, match=f"unknown contender {name!r}".replace("+", r"\+")):
         Contender(name).check()
-
-
-class Process:
-    """A contender that gives these answers, one for each round."""
-
-    def __init__(self, name, *answers):
-        self.contender, self.job, self.answers = Contender(name), JOB, iter(answers)
-
-    def iteration(self):
-        answer = next(self.answers)
-        if isinstance(answer, Failed):
-            raise answer
-        return answer
-
-
-GOOD = {"counts": JOB.counts, "seconds": {"all": 1.0}}
-
-
-def test_the_first_round_is_not_measured():
-    assert by_turns([Process("ours", {**GOOD, "seconds": {"all": 9.0}}, GOOD, GOOD)], 2, 1e9) == {"ours": [GOOD, GOOD]}
-
-
-def test_a_contender_that_makes_fewer_updates_ends_the_run():
-    fewer = {**GOOD, "counts": {**JOB.counts, "updates": 3}}
-    with pytest.raises(SystemExit, match=r"trl-1.12.0 did other work: .*'updates': 3.*'updates': 4"):
-        by_turns([Process("ours", GOOD), Process("trl-1.12.0", fewer)], 0, 1e9)
-
-
-def test_a_contender_that_ends_is_left_out_with_its_last_words(capsys):
-    ended = Process("trl-1.12.0", GOOD, Failed("out of memory"))
-    assert by_turns([Process("ours", GOOD, GOOD), ended], 1, 1e9) == {"ours": [GOOD]}
-    assert capsys.readouterr().out == "trl-1.12.0 is left out: out of memory\n"
-
-
-def test_no_round_begins_that_would_end_after_the_deadline(capsys):
-    assert by_turns([Process("ours", GOOD, GOOD, GOOD)], 2, 0.0) == {"ours": [GOOD]}
-    assert "stopped after 1 rounds" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from protocol import KL_COEF, LEARNING_RATE, Job, Line, Meter, endless_tokenizer, rewards
+from protocol import KL_COEF, LEARNING_RATE, Line, PPOJob, PPOMeter, endless_tokenizer, rewards
 
 from hybrid import HybridConfig, HybridTrainer
 
 
 def main() -> None:
-    line = Line("triton", "vllm")
+    line = Line(PPOJob, "triton", "vllm")
     job = line.job
     drawn: list[Callable[[int], None]] = []
 
@@ -20,13 +20,13 @@ def main() -> None:
 
     trainer = HybridTrainer(tokenizer=endless_tokenizer(job.model), reward=reward, config=config(job))
     iteration = ITERATIONS[job.rollout](trainer, job, reward)
-    meter = Meter(trainer.policy.backbone.model, trainer.optimizer, job)
+    meter = PPOMeter(trainer.policy.backbone.model, trainer.optimizer, job)
     drawn.append(meter.generated)
     for _ in line.iterations(meter):
         iteration()
 
 
-def config(job: Job) -> HybridConfig:
+def config(job: PPOJob) -> HybridConfig:
     sections = {
         "model": {"name": job.model, "device": job.device},
         "data": {"template": "none"},
@@ -45,11 +45,11 @@ Reward = Callable[[list[str]], list[float]]
 Iteration = Callable[[], Any]
 
 
-def own(trainer: HybridTrainer, job: Job, reward: Reward) -> Iteration:
+def own(trainer: HybridTrainer, job: PPOJob, reward: Reward) -> Iteration:
     return lambda: trainer.ppo_step(trainer.rollout(job.texts))
 
 
-def generate(trainer: HybridTrainer, job: Job, reward: Reward) -> Iteration:
+def generate(trainer: HybridTrainer, job: PPOJob, reward: Reward) -> Iteration:
     """The responses drawn by transformers' `generate`."""
     prompts = torch.tensor(job.prompts, device=trainer.policy.device)
 
@@ -65,7 +65,7 @@ def generate(trainer: HybridTrainer, job: Job, reward: Reward) -> Iteration:
     return iteration
 
 
-def vllm(trainer: HybridTrainer, job: Job, reward: Reward) -> Iteration:
+def vllm(trainer: HybridTrainer, job: PPOJob, reward: Reward) -> Iteration:
     """The responses drawn by vLLM, which takes the policy's weights at the begin of each iteration."""
     from vllm import LLM, SamplingParams
 

@@ -12,18 +12,18 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from protocol import KL_COEF, LEARNING_RATE, Job, Line, Meter, endless_tokenizer
+from protocol import KL_COEF, LEARNING_RATE, Line, PPOJob, PPOMeter, endless_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 
 def main() -> None:
-    line = Line("trl", "accelerate")
+    line = Line(PPOJob, "trl", "accelerate")
     job = line.job
     with tempfile.TemporaryDirectory() as folder:
         trainer = made(job, folder)
-        meter = Meter(trainer.policy_model, trainer.optimizer.optimizer, job)
+        meter = PPOMeter(trainer.policy_model, trainer.optimizer.optimizer, job)
         drawn = ppo_trainer.batch_generation
 
         def batch_generation(*given: Any) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ def main() -> None:
 class Batches:
     """All prompts, at each request."""
 
-    def __init__(self, line: Line, meter: Meter):
+    def __init__(self, line: Line, meter: PPOMeter):
         self.line, self.meter = line, meter
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -65,7 +65,7 @@ class EvenIds(nn.Module):
         return share[:, None, None].expand(*ids.shape, 1)
 
 
-def made(job: Job, folder: str) -> PPOTrainer:
+def made(job: PPOJob, folder: str) -> PPOTrainer:
     rows = len(job.prompts)
     if job.fields.get("bf16"):
         # It makes an Accelerator that is not told of `bf16`: with transformers 5 all of it would stay in float32.

@@ -1,7 +1,7 @@
-"""What the contenders of ppo_step.py share: the job they are given, the lines they are asked by, clock and counts.
+"""What contenders share: the job they are given, the lines they are asked by, clock and counts.
 
-A contender is a script that runs under an interpreter of its own. It gets a `Job` as its argument, says "ready", then
-makes one PPO iteration for each line that it reads, and answers each with a line of JSON.
+A contender is a script that runs under an interpreter of its own. It reads a job, a line of JSON, says "ready", then
+makes one iteration of it for each further line, and answers each with a line of JSON.
 """
 
 import json
@@ -9,23 +9,56 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["KL_COEF", "LEARNING_RATE", "Job", "Line", "Meter", "endless_tokenizer", "rewards"]
+__all__ = [
+    "KL_COEF",
+    "LEARNING_RATE",
+    "Line",
+    "PPOJob",
+    "PPOMeter",
+    "RolloutJob",
+    "endless_tokenizer",
+    "now",
+    "peak_mib",
+    "rewards",
+]
 
 # The same for all; what they are changes no time.
 LEARNING_RATE, KL_COEF = 1e-6, 0.05
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is measured.
+class RolloutJob:
+    """To answer all prompts.
+
+    model: the folder with the model's files.   prompts: ids, all of one length.
+    engine: what answers.   precision: what it computes in, float32 or bfloat16.
+    """
+
+    model: str
+    prompts: list[list[int]]
+    response_length: int
+    device: str
+    engine: str
+    precision: str
+    seed: int = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What an iteration must come to."""
+        return {"responses": len(self.prompts), "tokens": len(self.prompts) * self.response_length}
+
+
+@dataclass(frozen=True)
+class PPOJob:
+    """One PPO iteration.
 
     model: the folder with the model's files.   prompts: ids, all of one length; every iteration answers all of them.
     options: KEY=VALUE each, over the contender's own config.   rollout: what draws ours: own, generate or vllm.
@@ -38,7 +71,7 @@ class Job:
     minibatch_size: int
     device: str
     seed: int = 0
-    options: tuple[str, ...] = ()
+    options: Sequence[str] = ()
     rollout: str = "own"
 
     @property
@@ -61,9 +94,6 @@ class Job:
     def texts(self) -> list[str]:
         """The prompts as the model's tokenizer writes them."""
         return [" ".join(map(str, ids)) for ids in self.prompts]
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
 
 
 def _parsed(value: str) -> Any:
@@ -90,7 +120,22 @@ def endless_tokenizer(folder: str) -> Any:
     return Endless.from_pretrained(folder)
 
 
-class Meter:
+def now(device: torch.device) -> float:
+    """The clock, when all is done that was asked of the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_mib(device: torch.device) -> float:
+    """Of the process since its start: resident, or allocated on the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+
+
+class PPOMeter:
     """Seconds by phase, counts and peak memory of one iteration.
 
     Phase `generate` ends where the contender calls `generated`, `score` (rewards, scoring, advantages) with the first
@@ -99,7 +144,7 @@ class Meter:
         rows that it embeds without.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, job: Job):
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, job: PPOJob):
         self.device = torch.device(job.device)
         self._prompts_shape = len(job.prompts), len(job.prompts[0])
         model.get_input_embeddings().register_forward_pre_hook(self._embed)
@@ -109,34 +154,26 @@ class Meter:
     def begin(self) -> None:
         self._counts = {"prompt_ids": 0, "generated_tokens": 0, "trained_tokens": 0, "updates": 0}
         self._num_prompts = 0
-        self._marks = {"begin": self._now()}
+        self._marks = {"begin": now(self.device)}
 
     def generated(self, num_tokens: int) -> None:
-        self._marks["generate"] = self._now()
+        self._marks["generate"] = now(self.device)
         self._counts["generated_tokens"] += num_tokens
 
     def end(self) -> dict[str, Any]:
-        self._marks["update"] = self._now()
+        self._marks["update"] = now(self.device)
         names = list(self._marks)
         parts = {b: self._marks[b] - self._marks[a] for a, b in pairwise(names)}
-        return {"seconds": {**parts, "all": sum(parts.values())}, "peak_mib": self._peak_mib(), "counts": self._counts}
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def _peak_mib(self) -> float:
-        """Of the process since its start: resident, or allocated on the GPU."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**20
-        with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+        return {
+            "seconds": {**parts, "all": sum(parts.values())},
+            "peak_mib": peak_mib(self.device),
+            "counts": self._counts,
+        }
 
     def _embed(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if torch.is_grad_enabled():
             if "score" not in self._marks:
-                self._marks["score"] = self._now()
+                self._marks["score"] = now(self.device)
             self._counts["trained_tokens"] += inputs[0].numel()
         elif self._num_prompts < self._prompts_shape[0]:
             self._num_prompts += len(inputs[0])
@@ -146,15 +183,25 @@ class Meter:
         self._counts["updates"] += 1
 
 
-class Line:
-    """The contender's end of the line to ppo_step.py. Owns stdout: what else is printed goes to stderr."""
+class Meter(Protocol):
+    def begin(self) -> None: ...
 
-    def __init__(self, *packages: str):
+    def end(self) -> dict[str, Any]:
+        """`seconds`, `peak_mib` and `counts` since `begin`."""
+        ...
+
+
+Job = TypeVar("Job", PPOJob, RolloutJob)
+
+
+class Line(Generic[Job]):
+    """The contender's end of the line to `contender_process.py`. Owns stdout: what else is printed goes to stderr."""
+
+    def __init__(self, kind: type[Job], *packages: str):
         self._pipe = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)
         self._packages = packages
-        given = json.loads(sys.argv[1])
-        self.job = Job(**{**given, "options": tuple(given["options"])})
+        self.job = kind(**json.loads(sys.stdin.readline()))
         torch.manual_seed(self.job.seed)
 
     def iterations(self, meter: Meter) -> Iterator[None]:

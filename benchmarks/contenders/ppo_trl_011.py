@@ -4,15 +4,15 @@ Its options are fields of `PPOConfig`.
 """
 
 import torch
-from protocol import KL_COEF, LEARNING_RATE, Job, Line, Meter, endless_tokenizer, rewards
+from protocol import KL_COEF, LEARNING_RATE, Line, PPOJob, PPOMeter, endless_tokenizer, rewards
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
 
 def main() -> None:
-    line = Line("trl", "accelerate")
+    line = Line(PPOJob, "trl", "accelerate")
     job = line.job
     trainer = made(job)
-    meter = Meter(trainer.model.pretrained_model, trainer.optimizer.optimizer, job)
+    meter = PPOMeter(trainer.model.pretrained_model, trainer.optimizer.optimizer, job)
     queries = [torch.tensor(ids) for ids in job.prompts]
     for _ in line.iterations(meter):
         responses = trainer.generate(
@@ -24,7 +24,7 @@ def main() -> None:
         trainer.step(queries, responses, [torch.tensor(score) for score in scores])
 
 
-def made(job: Job) -> PPOTrainer:
+def made(job: PPOJob) -> PPOTrainer:
     settings = {
         "batch_size": len(job.prompts),
         "mini_batch_size": job.minibatch_size,
