@@ -48,7 +48,8 @@ class Decoding:
         self.taken = torch.zeros_like(self.ids, dtype=torch.bool)
         self.logprob = torch.zeros(num_rows, length, device=device)
         self.running = torch.ones(num_rows, dtype=torch.bool, device=device)
-        self.uniform = torch.zeros(length, num_rows, dtype=torch.float64, device=device)
+        exact = torch.float32 if device.type == "mps" else torch.float64  # it has no other
+        self.uniform = torch.zeros(length, num_rows, dtype=exact, device=device)
 
     def begin(self, prompt_mask: Tensor, generator: torch.Generator | None) -> None:
         """Start anew behind prompts, (B, P), with all the random numbers that their responses can need."""
@@ -61,7 +62,7 @@ class Decoding:
         self.logprob.zero_()
         self.running.fill_(True)
         if self.how.temperature:
-            torch.rand(self.uniform.shape, dtype=torch.float64, generator=generator, out=self.uniform)
+            torch.rand(self.uniform.shape, generator=generator, out=self.uniform)
 
     def take(self, logits: Tensor) -> None:
         """Draw a token for each row, (B, V), which may be written into. Reads nothing to the host.

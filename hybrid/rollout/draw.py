@@ -16,10 +16,11 @@ def draw(
 
         token = the first v with p_0 + ... + p_v > uniform,    p = softmax(logits / temperature), cut to top_k, top_p
 
-    logits: (B, V) float32; -inf is legal.   uniform: (B,) float64 in [0, 1), by which alone chance comes in.
+    logits: (B, V) float32; -inf is legal.
+    uniform: (B,) in [0, 1), by which alone chance comes in; float64, or float32 where a device has no other.
     temperature 0: the likeliest token, which is certain: its log-prob is 0.
-    Sums are float64: over blocks first, then inside the one that was found, so that each token's share of [0, 1) is
-    its probability to float32's rounding, however many there are. No token of probability 0 is drawn. Of logits that
+    Sums are in uniform's dtype: over blocks first, then inside the one that was found, so that in float64 each token's
+    share of [0, 1) is its probability to float32's rounding, however many there are. No token of probability 0 is drawn. Of logits that
     are not finite it may be any token. Reads nothing to the host.
     """
     if temperature == 0:
@@ -27,24 +28,24 @@ def draw(
     z = _truncated(logits if temperature == 1 else logits / temperature, top_k, top_p)
     z = z - z.amax(-1, keepdim=True)
     p = z.exp()
-    summed = _block_sums(p).cumsum(-1)  # (B, blocks)
+    summed = _block_sums(p, uniform.dtype).cumsum(-1)  # (B, blocks)
     total = summed[:, -1:]
     block, rest = _found(summed, uniform.unsqueeze(1) * total)
     vocab = p.shape[1]
     tokens = block * _BLOCK + torch.arange(_BLOCK, device=p.device)  # (B, _BLOCK), past the vocabulary in the last one
-    inside = p.gather(1, tokens.clamp(max=vocab - 1)).masked_fill_(tokens >= vocab, 0.0).double().cumsum(-1)
+    inside = p.gather(1, tokens.clamp(max=vocab - 1)).masked_fill_(tokens >= vocab, 0.0).to(uniform.dtype).cumsum(-1)
     place, _ = _found(inside, rest)
     token = (block * _BLOCK + place).clamp_(max=vocab - 1)
     logprob = z.gather(1, token) - total.log().float()
     return token.squeeze(1), logprob.squeeze(1)
 
 
-def _block_sums(p: Tensor) -> Tensor:
-    """(B, V) -> (B, blocks) float64, of numbers added by 16 in float32: that rounds less than a share by 1e-7."""
+def _block_sums(p: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, V) -> (B, blocks), of numbers added by 16 in float32: that moves no share by 1e-7."""
     rows, vocab = p.shape
     whole = vocab // _BLOCK * _BLOCK
-    sums = p[:, :whole].reshape(rows, -1, _BLOCK // 16, 16).sum(-1).sum(-1, dtype=torch.float64)
-    last = p[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)
+    sums = p[:, :whole].reshape(rows, -1, _BLOCK // 16, 16).sum(-1).sum(-1, dtype=dtype)
+    last = p[:, whole:].sum(-1, keepdim=True, dtype=dtype)
     return torch.cat([sums, last], 1) if whole < vocab else sums
 
 
