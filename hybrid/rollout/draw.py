@@ -20,8 +20,8 @@ def draw(
     uniform: (B,) in [0, 1), by which alone chance comes in; float64, or float32 where a device has no other.
     temperature 0: the likeliest token, which is certain: its log-prob is 0.
     Sums are in uniform's dtype: over blocks first, then inside the one that was found, so that in float64 each token's
-    share of [0, 1) is its probability to float32's rounding, however many there are. No token of probability 0 is drawn. Of logits that
-    are not finite it may be any token. Reads nothing to the host.
+    share of [0, 1) is its probability to float32's rounding, however many there are. No token of probability 0 is
+    drawn; of logits that are not finite it may be any. Reads nothing to the host.
     """
     if temperature == 0:
         return logits.argmax(-1), logits.new_zeros(len(logits))
