@@ -1,6 +1,7 @@
 """The compiled trunk: the same numbers, few graphs, and nothing of it in copies or in decoding."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,14 @@ from hybrid import HybridConfig, HybridTrainer
 from hybrid.core import InputError
 
 ROWS = [{"prompt": "the movie was", "target": "good"}, {"prompt": "it is", "target": "fine and good"}]
+
+
+@pytest.fixture(autouse=True)
+def recursion_limit():
+    """torch.compile raises it for the whole process, and how deep a JSON can be judged hangs on it."""
+    before = sys.getrecursionlimit()
+    yield
+    sys.setrecursionlimit(before)
 
 
 def rows(num_rows, length):
