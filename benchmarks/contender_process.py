@@ -1,5 +1,6 @@
-"""Contenders in processes of their own, asked for one iteration at a time, by turns."""
+"""Contenders in processes of their own, asked for one iteration at a time, by turns; and what such a run is told."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -11,9 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.contenders.protocol import PPOJob, RolloutJob
 
-__all__ = ["Failed", "Process", "by_turns", "environment"]
+__all__ = ["Failed", "Process", "add_options", "by_turns", "environment", "parsed_options"]
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "benchmarks" / "contenders"
@@ -101,3 +104,25 @@ def by_turns(processes: Sequence[Process], num_rounds: int, deadline: float) -> 
                 answers[name].append(answer)
         longest = max(longest, time.perf_counter() - began)
     return answers
+
+
+def add_options(parser: argparse.ArgumentParser, *, rounds: int, of: str) -> None:
+    """The options of every measurement by turns.   rounds: by default.   of: what is measured in one."""
+    add = parser.add_argument
+    add("--rounds", type=int, default=rounds, help=f"{of} of each that are measured, after one that is not")
+    add("--threads", type=int, default=2, help="of each contender")
+    add("--gpu", action="store_true", help="on the GPU, with sizes for one")
+    add("--limit", type=float, help="begin no round that may end later than so many seconds; with --gpu: 330")
+    add("--output", type=Path, default=ROOT / "benchmarks" / "results", help="the results' folder")
+    add("--quick", action="store_true", help="one round, writes nothing")
+
+
+def parsed_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What the command line says, with `device` and the limits that follow from it."""
+    arguments = parser.parse_args()
+    arguments.device = "cuda" if arguments.gpu else "cpu"
+    arguments.limit = arguments.limit or (330.0 if arguments.gpu else float("inf"))
+    arguments.rounds = 1 if arguments.quick else arguments.rounds
+    if arguments.gpu and not torch.cuda.is_available():
+        parser.error("--gpu: this machine has no CUDA device")
+    return arguments

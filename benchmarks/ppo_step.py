@@ -26,7 +26,14 @@ ROOT = Path(__file__).resolve().parents[1]
 if Path(sys.path[0]).resolve() == ROOT / "benchmarks":
     sys.path[0] = str(ROOT)
 
-from benchmarks.contender_process import Failed, Process, by_turns, environment  # noqa: E402
+from benchmarks.contender_process import (  # noqa: E402
+    Failed,
+    Process,
+    add_options,
+    by_turns,
+    environment,
+    parsed_options,
+)
 from benchmarks.contenders.protocol import PPOJob  # noqa: E402
 from benchmarks.kernels import table  # noqa: E402
 from benchmarks.ppo_environments import interpreter  # noqa: E402
@@ -96,22 +103,12 @@ def parsed() -> argparse.Namespace:
     add("--contenders", nargs="+", metavar="NAME[:KEY=VALUE,...]", help="ours, ours+generate, ours+vllm, trl-0.11.4, "
         "trl-1.12.0, each with settings of its own config; `x ours` is over the first of ours")  # fmt: skip
     add("--options", nargs="+", default=[], metavar="KEY=VALUE", help="settings of HybridConfig, for all of ours")
-    add("--rounds", type=int, default=5, help="iterations of each that are measured, after one that is not")
-    add("--threads", type=int, default=2, help="of each contender")
+    add_options(parser, rounds=5, of="iterations")
     add("--env-dir", type=Path, default=Path.home() / ".cache" / "hybrid-bench", help="where TRL's environments are")
     add("--trl-python", help="an interpreter that has TRL, instead of those environments; with --gpu: this one")
-    add("--gpu", action="store_true", help="on the GPU")
-    add("--limit", type=float, help="begin no round that may end later than so many seconds; with --gpu: 330")
-    add("--output", type=Path, default=ROOT / "benchmarks" / "results", help="the results' folder")
-    add("--quick", action="store_true", help="one round, writes nothing")
-    arguments = parser.parse_args()
-    arguments.device = "cuda" if arguments.gpu else "cpu"
+    arguments = parsed_options(parser)
     arguments.sizes = arguments.sizes or (["gpt2"] if arguments.gpu else ["tiny", "mid", "smollm2"])
     arguments.trl_python = arguments.trl_python or (sys.executable if arguments.gpu else None)
-    arguments.limit = arguments.limit or (330.0 if arguments.gpu else float("inf"))
-    arguments.rounds = 1 if arguments.quick else arguments.rounds
-    if arguments.gpu and not torch.cuda.is_available():
-        parser.error("--gpu: this machine has no CUDA device")
     try:
         for name in arguments.contenders or ():
             Contender(name).check()

@@ -27,7 +27,14 @@ if Path(sys.path[0]).resolve() == ROOT / "benchmarks":
     sys.path[0] = str(ROOT)
 
 from benchmarks.bandwidth import copy_bandwidth  # noqa: E402
-from benchmarks.contender_process import Failed, Process, by_turns, environment  # noqa: E402
+from benchmarks.contender_process import (  # noqa: E402
+    Failed,
+    Process,
+    add_options,
+    by_turns,
+    environment,
+    parsed_options,
+)
 from benchmarks.contenders.protocol import RolloutJob  # noqa: E402
 from benchmarks.kernels import table  # noqa: E402
 from benchmarks.ppo_sizes import SIZES as PPO_SIZES  # noqa: E402
@@ -69,21 +76,11 @@ def parsed() -> argparse.Namespace:
     add("--sizes", nargs="+", choices=SIZES, help="default: tiny mid smollm2; with --gpu: gpt2 llama-1.5b")
     add("--contenders", nargs="+", metavar="ENGINE[:bfloat16]", help=f"{', '.join(ENGINES)}; `x ours` is over the "
         "first of ours")  # fmt: skip
-    add("--rounds", type=int, default=5, help="answers of each that are measured, after one that is not")
-    add("--threads", type=int, default=2, help="of each contender")
+    add_options(parser, rounds=5, of="answers")
     add("--vllm-python", default=sys.executable, help="an interpreter that has vLLM; default: this one")
-    add("--gpu", action="store_true", help="on the GPU")
-    add("--limit", type=float, help="begin no round that may end later than so many seconds; with --gpu: 330")
-    add("--output", type=Path, default=ROOT / "benchmarks" / "results", help="the results' folder")
-    add("--quick", action="store_true", help="one round, writes nothing")
-    arguments = parser.parse_args()
-    arguments.device = "cuda" if arguments.gpu else "cpu"
+    arguments = parsed_options(parser)
     arguments.sizes = arguments.sizes or (["gpt2", "llama-1.5b"] if arguments.gpu else ["tiny", "mid", "smollm2"])
     arguments.contenders = arguments.contenders or (ON_GPU if arguments.gpu else ON_CPU)
-    arguments.limit = arguments.limit or (330.0 if arguments.gpu else float("inf"))
-    arguments.rounds = 1 if arguments.quick else arguments.rounds
-    if arguments.gpu and not torch.cuda.is_available():
-        parser.error("--gpu: this machine has no CUDA device")
     for name in arguments.contenders:
         if parts(name)[0] not in ENGINES or parts(name)[1] not in BYTES:
             parser.error(f"unknown contender {name!r}; known: {', '.join(ENGINES)}, each also with :bfloat16")

@@ -28,7 +28,14 @@ ROOT = Path(__file__).resolve().parents[1]
 if Path(sys.path[0]).resolve() == ROOT / "benchmarks":
     sys.path[0] = str(ROOT)
 
-from benchmarks.contender_process import Failed, Process, by_turns, environment  # noqa: E402
+from benchmarks.contender_process import (  # noqa: E402
+    Failed,
+    Process,
+    add_options,
+    by_turns,
+    environment,
+    parsed_options,
+)
 from benchmarks.contenders.protocol import PPOJob  # noqa: E402
 from benchmarks.kernels import table  # noqa: E402
 from benchmarks.ppo_sizes import Size, llama, write_model  # noqa: E402
@@ -113,19 +120,9 @@ def parsed() -> argparse.Namespace:
     add("--against", nargs="+", choices=names, default=names, help="what is varied; default: all")
     add("--options", nargs="+", metavar="KEY=VALUE", help="settings of HybridConfig; with --gpu: "
         "model.precision=bfloat16")  # fmt: skip
-    add("--rounds", type=int, default=3, help="iterations of each that are measured, after one that is not")
-    add("--threads", type=int, default=2)
-    add("--gpu", action="store_true", help="on the GPU, with larger ranges")
-    add("--limit", type=float, help="begin no round that may end later than so many seconds; with --gpu: 330")
-    add("--output", type=Path, default=ROOT / "benchmarks" / "results", help="the results' folder")
-    add("--quick", action="store_true", help="one round of small sizes, writes nothing")
-    arguments = parser.parse_args()
-    arguments.device = "cuda" if arguments.gpu else "cpu"
+    add_options(parser, rounds=3, of="iterations")
+    arguments = parsed_options(parser)
     arguments.options = arguments.options or (["model.precision=bfloat16"] if arguments.gpu else [])
-    arguments.limit = arguments.limit or (330.0 if arguments.gpu else float("inf"))
-    arguments.rounds = 1 if arguments.quick else arguments.rounds
-    if arguments.gpu and not torch.cuda.is_available():
-        parser.error("--gpu: this machine has no CUDA device")
     return arguments
 
 
