@@ -40,7 +40,7 @@ def export(run: str | Path, folder: str | Path, *, checkpoint: str | None = None
             raise InputError(f"{str(run)!r} has exported nothing yet; export a checkpoint with --checkpoint newest")
         if not any((run / EXPORT).glob("model*.safetensors")):
             raise InputError(f"{str(run / EXPORT)!r} has no weights; export a checkpoint with --checkpoint newest")
-        with filled_folder(folder, stale="model*.safetensors*") as temporary:
+        with filled_folder(folder, stale=("model*.safetensors*",)) as temporary:
             shutil.copytree(run / EXPORT, temporary, dirs_exist_ok=True)
         return folder
     source = _checkpoint(run, checkpoint)
@@ -65,7 +65,7 @@ def export_policy(policy: Policy, tokenizer: Any, folder: str | Path, *, card: s
     Nothing is written there before all of it is complete.
     """
     saving = disk_errors(f"export to {str(folder)!r}")
-    with saving, filled_folder(folder, stale="model*.safetensors*") as temporary:
+    with saving, filled_folder(folder, stale=("model*.safetensors*",)) as temporary:
         policy.save_pretrained(temporary, tokenizer=tokenizer)
         (temporary / CARD).write_text(card, "utf-8")
 

@@ -3,19 +3,29 @@
 from hybrid.models.adapt import LoraConfig, add_lora, check_base, is_adapted, require, under_adapter
 from hybrid.models.backbone import Backbone, context_length
 from hybrid.models.contract import check_packing, takes_fixed_cache
-from hybrid.models.heads import ValueHead
-from hybrid.models.policy import VALUE_HEAD_FILE, Policy, PolicyOutput, before_response, response_stats
+from hybrid.models.heads import RewardHead, ValueHead
+from hybrid.models.policy import (
+    REWARD_HEAD_FILE,
+    VALUE_HEAD_FILE,
+    Policy,
+    PolicyOutput,
+    before_response,
+    last_token,
+    response_stats,
+)
 from hybrid.models.recompute import recompute_activations
 from hybrid.models.reference import Reference
 from hybrid.models.shadow import Shadow
 
 __all__ = [
+    "REWARD_HEAD_FILE",
     "VALUE_HEAD_FILE",
     "Backbone",
     "LoraConfig",
     "Policy",
     "PolicyOutput",
     "Reference",
+    "RewardHead",
     "Shadow",
     "ValueHead",
     "add_lora",
@@ -24,6 +34,7 @@ __all__ = [
     "check_packing",
     "context_length",
     "is_adapted",
+    "last_token",
     "recompute_activations",
     "require",
     "response_stats",

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ValueHead"]
+__all__ = ["RewardHead", "ValueHead"]
 
 
 class ValueHead(nn.Module):
@@ -26,3 +26,22 @@ class ValueHead(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             value: Tensor = self.linear(self.dropout(hidden.to(weight.dtype)))
             return value.squeeze(-1)
+
+
+class RewardHead(nn.Module):
+    """One linear map without bias from a hidden state to a score. Its weights start as draws from N(0, 1 / (D + 1)).
+
+    Computes in float32 whatever the trunk is in. Source: Stiennon et al. 2020 (arXiv:2009.01325).
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.linear = nn.utils.skip_init(nn.Linear, hidden_size, 1, bias=False)
+        nn.init.normal_(self.linear.weight, std=(hidden_size + 1) ** -0.5)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (...) float32 (float64 in a float64 head)."""
+        weight = self.linear.weight
+        with torch.autocast(hidden.device.type, enabled=False):
+            score: Tensor = self.linear(hidden.to(weight.dtype))
+            return score.squeeze(-1)

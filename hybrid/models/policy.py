@@ -1,4 +1,4 @@
-"""The policy: one module with trunk, LM head and value head, so that one optimizer can own all three."""
+"""The policy: one module with trunk, LM head, value head and, where asked, reward head: one optimizer owns them all."""
 
 import copy
 from dataclasses import dataclass
@@ -22,12 +22,13 @@ from hybrid.models.adapt import (
     under_adapter,
 )
 from hybrid.models.backbone import Backbone
-from hybrid.models.heads import ValueHead
+from hybrid.models.heads import RewardHead, ValueHead
 from hybrid.run.checkpoint import disk_errors, filled_folder
 
-__all__ = ["Policy", "PolicyOutput", "before_response", "response_stats"]
+__all__ = ["Policy", "PolicyOutput", "before_response", "last_token", "response_stats"]
 
 VALUE_HEAD_FILE = "value_head.safetensors"
+REWARD_HEAD_FILE = "reward_head.safetensors"
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,22 @@ class PolicyOutput:
 
 
 class Policy(nn.Module):
-    """A causal LM with a value head on the shared trunk. Owns both; trained by SFT and PPO alike.
+    """A causal LM with a value head on the shared trunk, and a reward head where one was added. Owns them all.
 
     policy = Policy.from_pretrained("gpt2")
     out = policy(input_ids, attention_mask)      # .hidden (B, T, D), .value (B, T)
     policy.save_pretrained("out")                # AutoModelForCausalLM.from_pretrained("out") works
+    policy.add_reward_head()
+    policy.scores(input_ids, attention_mask)     # (B,)
     """
+
+    reward_head: RewardHead | None
 
     def __init__(self, model: Any, *, value_dropout: float = 0.0):
         super().__init__()
         self.backbone = model if isinstance(model, Backbone) else Backbone(model)
         self.value_head = ValueHead(self.backbone.hidden_size, dropout=value_dropout).to(self.backbone.device)
+        self.reward_head = None
 
     @classmethod
     def from_pretrained(
@@ -62,7 +68,7 @@ class Policy(nn.Module):
         dtype: torch.dtype = torch.float32,
         **kwargs: Any,
     ) -> "Policy":
-        """Load a model that transformers, peft or `save_pretrained` wrote; a value head beside it is read as well.
+        """Load a model that transformers, peft or `save_pretrained` wrote; the heads beside it are read as well.
 
         lora: train new adapters on the frozen model; an adapter that is in the folder is trained on.
         load_in_4bit: the frozen model's linear layers as nf4 (needs an adapter).
@@ -89,28 +95,31 @@ class Policy(nn.Module):
             raise InputError(f"{str(folder)!r} holds {there}, which this policy cannot take: see model.lora")
         if not holds_adapter(folder):
             loaded = Policy.from_pretrained(folder, dtype=self.backbone.head_weight.dtype)
-            self.load_state_dict(loaded.state_dict())
+            # The heads come from their own files, below.
+            self.backbone.load_state_dict(loaded.backbone.state_dict())
+            self.value_head.load_state_dict(loaded.value_head.state_dict())
         self._load_beside(Path(folder))
 
-    def _load_beside(self, folder: Path) -> None:
-        """The value head, and the adapter with the bits it was saved with."""
-        from safetensors.torch import load_file
+    def add_reward_head(self) -> None:
+        """Give the policy a reward head where it has none."""
+        if self.reward_head is None:
+            self.reward_head = RewardHead(self.backbone.hidden_size).to(self.backbone.device)
 
+    def _load_beside(self, folder: Path) -> None:
+        """The heads, and the adapter with the bits it was saved with."""
         if (folder / VALUE_HEAD_FILE).is_file():
-            with disk_errors(f"read the value head {str(folder / VALUE_HEAD_FILE)!r}"):
-                state = load_file(folder / VALUE_HEAD_FILE)
-            sizes = [{name: tuple(x.shape) for name, x in s.items()} for s in (state, self.value_head.state_dict())]
-            if sizes[0] != sizes[1]:
-                raise InputError(
-                    f"the value head {str(folder / VALUE_HEAD_FILE)!r} is another model's: it has {sizes[0]}, "
-                    f"this model's is {sizes[1]}; remove it to start a new one"
-                )
-            self.value_head.load_state_dict(state)
+            _load_head(self.value_head, folder / VALUE_HEAD_FILE, "value head")
+        if (folder / REWARD_HEAD_FILE).is_file():
+            # What the new head is drawn as is overwritten: no random number of the run is spent on it.
+            with torch.random.fork_rng(devices=[]):
+                self.add_reward_head()
+            assert self.reward_head is not None
+            _load_head(self.reward_head, folder / REWARD_HEAD_FILE, "reward head")
         if holds_adapter(folder):
             load_adapter(self.backbone.model, folder)
 
     def save_pretrained(self, folder: str | Path, *, tokenizer: Any = None, merge: bool = True) -> None:
-        """Write a plain transformers folder with the value head beside it.
+        """Write a plain transformers folder with the heads beside it.
 
         merge: an adapter is merged into the weights of a copy. False: it is written alone, bit for bit, and the folder
             refers to the frozen model by name.
@@ -120,15 +129,18 @@ class Policy(nn.Module):
         from safetensors.torch import save_file
 
         model = self.backbone.model
-        with no_progress_bars(), filled_folder(folder, stale="model*.safetensors*") as temporary:
+        with no_progress_bars(), filled_folder(folder, stale=("model*.safetensors*", REWARD_HEAD_FILE)) as temporary:
             if not is_adapted(model):
                 model.save_pretrained(temporary)
             elif merge:
                 merged(model).save_pretrained(temporary)
             else:
                 save_adapter(model, temporary)
-            state = {name: x.detach().cpu().contiguous() for name, x in self.value_head.state_dict().items()}
-            save_file(state, temporary / VALUE_HEAD_FILE)
+            heads = {VALUE_HEAD_FILE: self.value_head, REWARD_HEAD_FILE: self.reward_head}
+            for file, head in heads.items():
+                if head is not None:
+                    state = {name: x.detach().cpu().contiguous() for name, x in head.state_dict().items()}
+                    save_file(state, temporary / file)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
                 if merge or not is_adapted(model):
@@ -149,6 +161,18 @@ class Policy(nn.Module):
         """input_ids, attention_mask: (B, T); padding on either side.   position_ids: see `Batch`."""
         hidden = self.backbone(input_ids, attention_mask, position_ids)
         return PolicyOutput(hidden, self.value_head(hidden))
+
+    def scores(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """The reward head's number at each row's last token, (B,) float32.
+
+        input_ids, attention_mask: (B, T); padding on either side.   position_ids: see `Batch`.
+        Raises InputError where there is no reward head.
+        """
+        if self.reward_head is None:
+            raise InputError("this policy has no reward head, so it has no scores: call policy.add_reward_head() first")
+        hidden = self.backbone(input_ids, attention_mask, position_ids)
+        rows, columns = torch.arange(len(input_ids), device=hidden.device), last_token(attention_mask)
+        return self.reward_head(hidden[rows, columns])
 
     def batch_logprob(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(log-prob of every label from the token before it, whether it is trained), each (B, T-1), of packed rows too.
@@ -212,3 +236,25 @@ def response_stats(
 def before_response(x: Tensor, length: int) -> Tensor:
     """The positions that predict the last `length` tokens: (B, P+T, ...) -> (B, T, ...)."""
     return x[:, -length - 1 : -1]
+
+
+def last_token(attention_mask: Tensor) -> Tensor:
+    """(B, T) -> (B,): the column of each row's last token, whichever side its padding is on."""
+    # From 1 on: a column 0 would tie with the padding.
+    numbers = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
+    return (numbers * (attention_mask > 0)).argmax(1)
+
+
+def _load_head(head: nn.Module, file: Path, what: str) -> None:
+    """Take a head's weights from a file. Raises InputError where they are of another model."""
+    from safetensors.torch import load_file
+
+    with disk_errors(f"read the {what} {str(file)!r}"):
+        state = load_file(file)
+    sizes = [{name: tuple(x.shape) for name, x in s.items()} for s in (state, head.state_dict())]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"the {what} {str(file)!r} is another model's: it has {sizes[0]}, this model's is {sizes[1]}; "
+            "remove it to start a new one"
+        )
+    head.load_state_dict(state)

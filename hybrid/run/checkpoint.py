@@ -47,11 +47,11 @@ def clear_parts(folder: Path) -> None:
 
 
 @contextmanager
-def filled_folder(folder: str | Path, *, stale: str | None = None) -> Iterator[Path]:
+def filled_folder(folder: str | Path, *, stale: tuple[str, ...] = ()) -> Iterator[Path]:
     """A temporary folder whose files move into `folder` when the block ends well, and vanish when not.
 
     A folder that is new appears at once. In one that exists each file is replaced at once, in turn, and the
-    others stay, except those that match the glob `stale` and were not written anew (a model's older shards).
+    others stay, except those that match a glob in `stale` and were not written anew (a model's older shards).
     Everything is on the disk before anything moves. Raises InputError where `folder` cannot be written.
     """
     folder = Path(folder)
@@ -76,7 +76,7 @@ def filled_folder(folder: str | Path, *, stale: str | None = None) -> Iterator[P
             for name in sorted(names):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(temporary / name, folder / name)
-            for path in folder.glob(stale) if stale else ():
+            for path in [path for pattern in stale for path in folder.glob(pattern)]:
                 if path.relative_to(folder) not in names:
                     path.unlink()
             _sync(folder)
