@@ -11,9 +11,11 @@ from hybrid.core.errors import (
     unknown_name,
 )
 from hybrid.core.json_text import parse_json
+from hybrid.core.pairs import Labelled, Pairs
 from hybrid.core.quiet import no_progress_bars
 from hybrid.core.registry import Registry, load_object
-from hybrid.core.types import IGNORE, Batch, Encoded, Example, Rollout, by_length, extents, microbatches, used_columns
+from hybrid.core.rows import Record, Rows, by_length, extents, microbatches, used_columns
+from hybrid.core.types import IGNORE, Batch, Encoded, Example, Rollout
 from hybrid.core.yaml_text import parse_yaml
 
 __all__ = [
@@ -22,8 +24,12 @@ __all__ = [
     "Encoded",
     "Example",
     "InputError",
+    "Labelled",
+    "Pairs",
+    "Record",
     "Registry",
     "Rollout",
+    "Rows",
     "RunStopped",
     "build",
     "by_length",

@@ -7,12 +7,14 @@ Shape letters: `B` sequences, `P` prompt tokens, `T` response tokens (in a `Roll
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["IGNORE", "Batch", "Encoded", "Example", "Rollout", "by_length", "extents", "microbatches", "used_columns"]
+from hybrid.core.rows import extents, handed_on, moved, used_columns
+
+__all__ = ["IGNORE", "Batch", "Encoded", "Example", "Rollout"]
 
 IGNORE = -100  # the label of a token that is not trained; transformers' and torch's convention
 
@@ -28,6 +30,9 @@ class Example:
     tools: JSON schemas of the tools, for the chat template.
     input_ids, labels: a tokenised row, of one length; labels are the ids, IGNORE where a token is not trained.
     item: the row itself, which rewards receive.
+    rejected: the same prompt with an answer that was liked less than the target, or that was called bad; or None.
+        Where that is all that is known of the prompt, the target is "": a bad answer is never imitated.
+    margin: how much better the target was found, 0 where that is not known.   weight: of the pair among others.
     A row of plain text has `prompt == ""` and the whole text as its target; a tokenised row has neither.
     """
 
@@ -39,6 +44,9 @@ class Example:
     num_prompt_messages: int = 0
     input_ids: tuple[int, ...] = ()
     labels: tuple[int, ...] = ()
+    rejected: "Example | None" = None
+    margin: float = 0.0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ class Encoded:
     num_hint: the last so many of prompt_ids are the beginning of the target, which rewards read with the response.
     prompt, target: the texts that rewards are given beside the response (for plain text, the row cut in two).
     item: the row it came from.
+    rejected, margin, weight: see `Example`; the rejected one has the same prompt_ids.
     """
 
     input_ids: tuple[int, ...]
@@ -59,11 +68,19 @@ class Encoded:
     target: str
     item: Mapping[str, Any]
     num_hint: int = 0
+    rejected: "Encoded | None" = None
+    margin: float = 0.0
+    weight: float = 1.0
 
     @property
     def has_target(self) -> bool:
         """Whether a supervised step can learn anything from it: nothing predicts the first token."""
         return any(label != IGNORE for label in self.labels[1:])
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether it has two answers, of which one was preferred."""
+        return self.has_target and self.rejected is not None and self.rejected.has_target
 
 
 @dataclass(frozen=True)
@@ -90,7 +107,7 @@ class Batch:
         """Some rows, for accumulation. `examples` are left out: they belong to the whole."""
         position_ids = None if self.position_ids is None else self.position_ids[rows]
         part = Batch(self.input_ids[rows], self.attention_mask[rows], self.labels[rows], (), position_ids)
-        return _handed_on(self, part, rows)
+        return handed_on(self, part, rows)
 
     @cached_property
     def extents(self) -> Tensor:
@@ -104,16 +121,20 @@ class Batch:
             return self
         names = ("input_ids", "attention_mask", "labels", "position_ids")
         cut: dict[str, Any] = {name: x[:, :end] for name in names if (x := getattr(self, name)) is not None}
-        return _handed_on(self, replace(self, **cut), slice(None))
+        return handed_on(self, replace(self, **cut), slice(None))
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with every tensor on `device`."""
-        return _moved(self, device)
+        return moved(self, device)
 
     @property
     def num_tokens(self) -> int:
         """Tokens that are trained: the divisor of the loss. The first token of a row predicts nothing before it."""
         return int(self.extents[2].sum())
+
+    @property
+    def mean_over(self) -> float:
+        return self.num_tokens
 
 
 @dataclass(frozen=True)
@@ -177,7 +198,7 @@ class Rollout:
             if isinstance(x, Tensor)
         }
         part = replace(self, **picked, prompts=(), responses=(), targets=(), components={}, reward_metrics={})
-        return _handed_on(self, part, rows)
+        return handed_on(self, part, rows)
 
     @cached_property
     def extents(self) -> Tensor:
@@ -205,57 +226,14 @@ class Rollout:
         return int(self.extents[2].sum())
 
     @property
+    def mean_over(self) -> float:
+        return self.num_tokens
+
+    @property
     def prompt_length(self) -> int:
         """P, the padded length of the prompts."""
         return self.input_ids.shape[1] - self.mask.shape[1]
 
     def to(self, device: torch.device | str) -> "Rollout":
         """The same rollout with every tensor on `device`."""
-        return _moved(self, device)
-
-
-Record = TypeVar("Record", Batch, Rollout)
-
-
-def extents(attention_mask: Tensor, valid: Tensor) -> Tensor:
-    """(3, B) int64 on the CPU, in one read: each row's first token, the column behind its last, how many are valid.
-
-    attention_mask: (B, L), 0 on padding.   valid: (B, T) bool.
-    """
-    seen = attention_mask != 0
-    columns = torch.arange(1, seen.shape[1] + 1, device=seen.device)
-    end = (seen * columns).amax(1)
-    start = seen.shape[1] - (seen * columns.flip(0)).amax(1)
-    return torch.stack([start, end, valid.sum(1)]).cpu()
-
-
-def by_length(extents: Tensor, size: int | None) -> list[Tensor]:
-    """The rows in groups of at most `size` (None: one group); where there are several, longest first."""
-    num_rows = extents.shape[1]
-    if size is None or size >= num_rows:
-        return [torch.arange(num_rows)]
-    return list((extents[1] - extents[0]).argsort(descending=True, stable=True).split(size))
-
-
-def microbatches(rows: Record, size: int | None) -> list[Record]:
-    """Parts of at most `size` rows of about the same length."""
-    groups = by_length(rows.extents, size)
-    return [rows] if len(groups) == 1 else [rows[group] for group in groups]
-
-
-def used_columns(extents: Tensor, prompt_length: int) -> tuple[int, int]:
-    """From the first token of any row to the last, and always to one behind the prompts."""
-    return int(extents[0].min()), max(int(extents[1].max()), prompt_length + 1)
-
-
-def _handed_on(whole: Record, part: Record, rows: Tensor | slice) -> Record:
-    """The part, with the extents that the whole has read already."""
-    if "extents" in vars(whole):
-        vars(part)["extents"] = whole.extents[:, rows.cpu() if isinstance(rows, Tensor) else rows]
-    return part
-
-
-def _moved(record: Record, device: torch.device | str) -> Record:
-    values = {f.name: getattr(record, f.name) for f in fields(record)}
-    moved: dict[str, Any] = {name: x.to(device) for name, x in values.items() if isinstance(x, Tensor)}
-    return replace(record, **moved)
+        return moved(self, device)

@@ -8,7 +8,9 @@ from typing import Any
 
 from hybrid.core import InputError
 
-__all__ = ["cell", "check_unicode", "is_bool", "is_missing", "text_of"]
+__all__ = ["LEAVE_OUT", "cell", "check_unicode", "is_bool", "is_list", "is_missing", "text_in", "text_of"]
+
+LEAVE_OUT = "leave such rows out with data.filter"
 
 # numpy's are no int and no float.
 NUMBERS = (Real, Decimal)
@@ -22,6 +24,11 @@ def cell(row: Mapping[str, Any], column: str, where: str, way_out: str) -> Any:
         shown = "null" if row[column] is None else row[column]
         raise InputError(f"{where}: column {column!r} is {shown}, a missing value; {way_out}")
     return row[column]
+
+
+def text_in(row: Mapping[str, Any], column: str, where: str, way_out: str = LEAVE_OUT) -> str:
+    """The text in a row's column; see `cell` and `text_of`."""
+    return text_of(cell(row, column, where, way_out), column, where, way_out)
 
 
 def is_missing(value: Any) -> bool:
@@ -46,6 +53,11 @@ def text_of(value: Any, column: str, where: str, way_out: str) -> str:
 def is_bool(value: Any) -> bool:
     """Whether a value is true or false; numpy's is no bool."""
     return isinstance(value, bool) or type(value).__name__ in ("bool", "bool_")
+
+
+def is_list(value: Any) -> bool:
+    """Whether a value is a list, or an array of one dimension or more."""
+    return isinstance(value, (list, tuple)) or (hasattr(value, "tolist") and getattr(value, "ndim", 0) > 0)
 
 
 def check_unicode(text: str, where: str) -> None:

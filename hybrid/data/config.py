@@ -12,7 +12,7 @@ Format = Literal["auto", "json", "jsonl", "csv", "text", "parquet", "arrow", "hf
 class DataConfig:
     """The data of a run.
 
-    Columns that are not named are found by the layouts of `hybrid.data.layouts`; docs/data.md shows them.
+    Columns that are not named are found by the layouts of `hybrid.data.columns`; docs/data.md shows them.
     """
 
     train: str | list[str] | None = None  # files, patterns, folders, or Hugging Face datasets: "name" or "name:split"
@@ -23,6 +23,9 @@ class DataConfig:
     target: str | None = None  # column of the answers wanted
     text: str | None = None  # column of plain text: all of it is trained, its beginning is the prompt
     messages: str | None = None  # column of dialogues, also ShareGPT's: the assistant's turns are trained
+    chosen: str | None = None  # preferences: column of the better answers, texts or messages; the prompt is `prompt`,
+    rejected: str | None = None  # or the beginning that both sides share; column of the worse answers
+    label: str | None = None  # column of true (a good answer) and false, beside the answers
     template: str = "default"  # default, none, chat (the tokenizer's), or your own text with {prompt} in it
     system: str | None = None  # system message that the chat template starts with
     prompt_tokens: int = 8  # plain text: its leading tokens that a rollout starts from
@@ -41,6 +44,10 @@ class DataConfig:
         given = [name for name in ("prompt", "text", "messages") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"DataConfig.{given[0]} and DataConfig.{given[1]} exclude each other")
+        pairs = [name for name in ("chosen", "rejected") if getattr(self, name) is not None]
+        single = [name for name in ("target", "text", "messages", "label") if getattr(self, name) is not None]
+        if pairs and single:
+            raise ValueError(f"DataConfig.{pairs[0]} and DataConfig.{single[0]} exclude each other")
         if self.target is not None and self.prompt is None:
             raise ValueError(f"DataConfig.target = {self.target!r} needs DataConfig.prompt beside it")
         if self.template not in ("default", "none", "chat") and "{prompt}" not in self.template:

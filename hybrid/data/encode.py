@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from hybrid.core import IGNORE, Encoded, Example, InputError
@@ -32,7 +33,9 @@ def encode(example: Example, tokenizer: Any, config: DataConfig) -> Encoded:
 
 
 def encode_turns(example: Example, tokenizer: Any, config: DataConfig) -> list[Encoded]:
-    """`encode`, as all the examples that a dialogue becomes."""
+    """`encode`, as all the examples that a dialogue becomes; a preference is one, with the rejected answer in it."""
+    if example.rejected is not None:
+        return [_encode_preference(example, tokenizer, config)]
     if tokenizer.eos_token_id is None:
         raise InputError("this tokenizer has no EOS token, without which no response ends; set tokenizer.eos_token")
     if example.input_ids:
@@ -45,13 +48,13 @@ def encode_turns(example: Example, tokenizer: Any, config: DataConfig) -> list[E
 def encode_all(
     examples: Sequence[Example], tokenizer: Any, config: DataConfig, *, what: str = "training"
 ) -> list[Encoded]:
-    """All examples encoded, in order. Left out, and logged: those longer than `max_length` tokens, and those
-    without a token that a rollout could start from.
+    """All examples encoded, in order. Left out, and logged: those longer than `max_length` tokens (of a pair either
+    side), and those without a token that a rollout could start from.
 
     what: "training" or "evaluation", for messages.   Raises InputError where none is left.
     """
     encoded = [e for example in examples for e in _located(example, tokenizer, config)]
-    fitting = [e for e in encoded if len(e.input_ids) <= config.max_length]
+    fitting = [e for e in encoded if _length(e) <= config.max_length]
     kept = [e for e in fitting if e.prompt_ids]
     reasons = (
         (len(encoded) - len(fitting), f"longer than data.max_length = {config.max_length} tokens"),
@@ -65,12 +68,35 @@ def encode_all(
     return kept
 
 
+def _length(e: Encoded) -> int:
+    """Of the longer side, where there are two."""
+    return len(e.input_ids) if e.rejected is None else max(len(e.input_ids), len(e.rejected.input_ids))
+
+
 def _located(example: Example, tokenizer: Any, config: DataConfig) -> list[Encoded]:
     try:
         return encode_turns(example, tokenizer, config)
     except InputError as error:
         shown = example.prompt or example.target or list(example.input_ids)
         raise InputError(f"{error}. The example: {shown!r:.60}") from error
+
+
+def _encode_preference(example: Example, tokenizer: Any, config: DataConfig) -> Encoded:
+    """Both answers behind the same prompt. Raises InputError where the template makes two prompts of it."""
+    assert example.rejected is not None
+    other = encode(example.rejected, tokenizer, config)
+    best = encode(replace(example, rejected=None), tokenizer, config)
+    # Sides of several turns have them in common only up to the first that is trained.
+    prompt_ids, of_other = _untrained_start(best), _untrained_start(other)
+    if prompt_ids != of_other:
+        raise InputError("the sides of a pair differ in their prompt, once it is written by the template as tokens")
+    other = replace(other, prompt_ids=prompt_ids)
+    return replace(best, prompt_ids=prompt_ids, rejected=other, margin=example.margin, weight=example.weight)
+
+
+def _untrained_start(e: Encoded) -> tuple[int, ...]:
+    """The ids before the first that is trained."""
+    return e.input_ids[: next((i for i, label in enumerate(e.labels) if label != IGNORE), len(e.labels))]
 
 
 def _encode_pair(example: Example, tokenizer: Any, config: DataConfig) -> Encoded:

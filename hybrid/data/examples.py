@@ -2,15 +2,17 @@
 
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hybrid.core import IGNORE, Example, InputError, first_line, load_object
+from hybrid.data.columns import columns_of, layout_of, listed
 from hybrid.data.config import DataConfig
 from hybrid.data.files import Part
 from hybrid.data.folders import HELD_OUT
-from hybrid.data.layouts import columns_of, layout_of, listed
+from hybrid.data.preferences import Flawed, Ranked
 from hybrid.data.read import read_parts, read_rows, splits_of
 
 __all__ = [
@@ -68,14 +70,20 @@ def read_example_set(source: Any, config: DataConfig, *, seed: int = 0, name: st
             raise InputError(f"{title}: DataConfig.filter = {config.filter!r} keeps none of {len(placed)} rows")
         notes.append(f"data.filter kept {len(kept):,} of {len(placed):,} rows")
         placed = kept
-    mapped, said = _mapped(placed, config, title)
+    mapped, said, flaws = _mapped(placed, config, title)
+    left_out = [f"left out {count:,} {'pair' if count == 1 else 'pairs'} {reason}" for reason, count in flaws.items()]
+    if not mapped:
+        raise InputError(f"{title}: no row is left of {len(placed)}: {', '.join(left_out)}")
+    notes += left_out
     examples = [e for e in mapped if e.prompt or e.input_ids or e.target.strip()]
     if not examples:
         raise InputError(f"{title}: all {len(mapped)} rows are blank")
     num_blank = len(mapped) - len(examples)
     if num_blank:
         notes.append(f"left out {num_blank:,} blank {'row' if num_blank == 1 else 'rows'}")
-    if num_prompts := sum(not _has_target(example) for example in examples):
+    if num_bad := sum(e.rejected is not None and not e.target for e in examples):
+        notes.append(f"{num_bad:,} {'answer is' if num_bad == 1 else 'answers are'} bad, and never imitated")
+    if num_prompts := sum(not _has_target(e) and e.rejected is None for e in examples):
         notes.append(f"{num_prompts:,} without a target, for rollouts only")
     if config.shuffle:
         random.Random(seed).shuffle(examples)
@@ -93,11 +101,13 @@ def data_line(count: int, what: str, said: str) -> str:
 def examples_from(rows: Iterable[Mapping[str, Any]], config: DataConfig) -> list[Example]:
     """One example for each row, in their order, by the config's columns, or else by what all the columns are.
 
-    Raises InputError, with the row's number: a missing column, a value that is not text (numbers become text),
-    an empty prompt, a dialogue that is not a list of {"role", "content"} with a user's turn to answer.
+    Raises InputError, with the row's number: a missing column, a value that is not text (numbers become text), a pair
+    of equal sides or with an empty one, an empty prompt, a dialogue that is not a list of {"role", "content"} with a
+    user's turn to answer.
     """
     placed = [(f"data, row {i}", row) for i, row in enumerate(read_rows(rows), start=1)]
-    return _mapped(placed, config, "data")[0]
+    examples, _, _ = _mapped(placed, config, "data", drop=False)
+    return examples
 
 
 def read_training_sets(
@@ -162,13 +172,26 @@ def _keeps(keep: Callable[[Mapping[str, Any]], Any], row: Mapping[str, Any], whe
     return bool(answer)
 
 
-def _mapped(placed: Sequence[Placed], config: DataConfig, name: str) -> tuple[list[Example], str]:
-    """The rows' examples, and which column is what."""
+def _mapped(
+    placed: Sequence[Placed], config: DataConfig, name: str, *, drop: bool = True
+) -> tuple[list[Example], str, Counter[str]]:
+    """The rows' examples, which column is what, and how many rows were no preferences, by the reason.
+
+    drop: whether these are left out; else they are an InputError.
+    """
     rows = [row for _, row in placed]
     layout = layout_of(rows, config, name)
-    examples = [layout.example(row, place) for place, row in placed]
+    examples: list[Example] = []
+    flaws: Counter[str] = Counter()
+    for place, row in placed:
+        try:
+            examples += layout.examples(row, place) if isinstance(layout, Ranked) else [layout.example(row, place)]
+        except Flawed as flaw:
+            if not drop:
+                raise
+            flaws[flaw.reason] += 1
     unused = [column for column in columns_of(rows) if column not in (*layout.needs, *layout.takes)]
-    return examples, layout.says() + (f"; unused columns: {listed(unused)}" if unused else "")
+    return examples, layout.says() + (f"; unused columns: {listed(unused)}" if unused else ""), flaws
 
 
 def _has_target(example: Example) -> bool:

@@ -1,22 +1,17 @@
-"""Which columns are what. A new layout is one more entry in `LAYOUTS`."""
+"""Columns that belong together, and the example that a row of them is."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from hybrid.core import IGNORE, Example, InputError, unknown_name
-from hybrid.data.cells import cell, is_bool, is_missing, text_of
-from hybrid.data.config import DataConfig
+from hybrid.core import IGNORE, Example, InputError
+from hybrid.data.cells import LEAVE_OUT, cell, is_list, is_missing, text_in
 from hybrid.data.messages import last_content, messages_of, num_untrained, tools_of
 
-__all__ = ["LAYOUTS", "Layout", "columns_of", "layout_of", "listed"]
+__all__ = ["Dialogue", "Layout", "Pair", "Row", "Text", "Tokens", "Turns"]
 
 Row = Mapping[str, Any]
 
-LEAVE_OUT = "leave such rows out with data.filter"
-# In the name of a column of lists beside token ids: it may say what is trained.
-WEIGHING = ("loss", "weight", "assistant", "completion", "response", "prompt_mask")
-NUM_LISTED = 12  # columns that a line names
 NO_TARGET = f'{LEAVE_OUT}, or write "" where there is no target'
 
 
@@ -68,14 +63,14 @@ class Pair:
         return f"prompt = {self.prompt!r}{more}{_says('target', self.target)}"
 
     def example(self, row: Row, where: str) -> Example:
-        prompt = _text(row, self.prompt, where)
+        prompt = text_in(row, self.prompt, where)
         # An example without a prompt is plain text, which this one was not meant to be.
         if not prompt.strip():
             raise InputError(f"{where}: column {self.prompt!r} is empty; {LEAVE_OUT}")
         if self.input is not None and not is_missing(row.get(self.input)):
-            more = _text(row, self.input, where)
+            more = text_in(row, self.input, where)
             prompt += f"\n\n{more}" if more.strip() else ""
-        return Example(prompt, "" if self.target is None else _text(row, self.target, where, NO_TARGET), item=row)
+        return Example(prompt, "" if self.target is None else text_in(row, self.target, where, NO_TARGET), item=row)
 
 
 @dataclass(frozen=True)
@@ -112,9 +107,9 @@ class Turns:
         return replace(example, num_prompt_messages=max(len(prompt), example.num_prompt_messages))
 
     def _messages(self, row: Row, column: str, where: str, role: str, way_out: str) -> tuple[Mapping[str, Any], ...]:
-        if _is_list(cell(row, column, where, way_out)):
+        if is_list(cell(row, column, where, way_out)):
             return messages_of(row[column], f"{where}: column {column!r}")
-        text = _text(row, column, where, way_out)
+        text = text_in(row, column, where, way_out)
         return ({"role": role, "content": text},) if text.strip() else ()
 
 
@@ -148,7 +143,7 @@ class Dialogue:
         place = f"{where}: column {self.column!r}"
         messages = messages_of(cell(row, self.column, where, LEAVE_OUT), place)
         if self.system is not None and not is_missing(row.get(self.system)):
-            system = _text(row, self.system, where)
+            system = text_in(row, self.system, where)
             if system.strip() and messages[0]["role"] == "system":
                 raise InputError(f"{place} begins with the system's turn, and column {self.system!r} has one too")
             messages = ({"role": "system", "content": system}, *messages) if system.strip() else messages
@@ -176,7 +171,7 @@ class Text:
         return f"text = {self.column!r}"
 
     def example(self, row: Row, where: str) -> Example:
-        return Example("", _text(row, self.column, where), item=row)
+        return Example("", text_in(row, self.column, where), item=row)
 
 
 @dataclass(frozen=True)
@@ -229,107 +224,6 @@ class Tokens:
         return [value == 1 for value in values]
 
 
-# The first whose columns are all there is taken; docs/data.md shows a row of each.
-LAYOUTS: tuple[Layout, ...] = (
-    Tokens(),
-    Pair("prompt", "target"),
-    Pair("prompt", "completion"),
-    Pair("prompt", "response"),
-    Pair("instruction", "output", input="input"),
-    Pair("instruction", "response", input="context"),
-    Pair("question", "answer"),
-    Pair("query", "response"),
-    Dialogue("messages"),
-    Dialogue("conversations"),
-    Text("text"),
-    Pair("prompt"),
-)
-
-
-def columns_of(rows: Sequence[Row]) -> list[str]:
-    """The columns of all the rows, in the order of their first appearance."""
-    return list(dict.fromkeys(column for row in rows for column in row))
-
-
-def listed(columns: Iterable[str]) -> str:
-    """The names in one line, however many, long or strange they are."""
-    names = [name if name.isprintable() else ascii(name) for name in columns]
-    shown = [name if len(name) <= 40 else f"{name[:39]}…" for name in names[:NUM_LISTED]]
-    return ", ".join(shown) + (f" and {len(names) - NUM_LISTED} more" if len(names) > NUM_LISTED else "")
-
-
-def layout_of(rows: Sequence[Row], config: DataConfig, name: str) -> Layout:
-    """The layout that the config names, else the first of `LAYOUTS` whose columns are among those of all the rows.
-
-    Raises InputError where there is none, and for preferences: their rejected answers must not be trained.
-    """
-    columns = columns_of(rows)
-    if not columns:
-        raise InputError(f"{name}: the rows have no columns")
-    layout = _named(config)
-    if layout is not None:
-        for column in layout.needs:
-            if column not in columns:
-                raise InputError(f"{name}: {unknown_name('column', column, columns)}")
-    else:
-        _refuse_preferences(rows, columns, name)
-        layout = next((layout for layout in LAYOUTS if set(layout.needs) <= set(columns)), None)
-    if layout is None:
-        raise InputError(
-            f"{name}: found no columns that belong together (docs/data.md) among {listed(map(repr, columns))}; "
-            "name yours with data.prompt and data.target, data.messages or data.text"
-        )
-    if isinstance(layout, Pair) and any(_is_list(row.get(column)) for row in rows for column in layout.needs):
-        layout = Turns(layout.prompt, layout.target)
-    if isinstance(layout, Tokens):
-        _refuse_unread(rows, [column for column in columns if column not in layout.takes], name)
-    return layout.among(columns)
-
-
-def _named(config: DataConfig) -> Layout | None:
-    if config.prompt is not None:
-        return Pair(config.prompt, config.target)
-    if config.messages is not None:
-        return Dialogue(config.messages)
-    return None if config.text is None else Text(config.text)
-
-
-def _refuse_preferences(rows: Sequence[Row], columns: Sequence[str], name: str) -> None:
-    judged = [column for column in ("label", "labels") if any(_is_verdict(row.get(column)) for row in rows)]
-    pairs = {layout.target for layout in LAYOUTS if isinstance(layout, Pair)}
-    answers = (pairs | {layout.column for layout in LAYOUTS if isinstance(layout, Dialogue)}) & set(columns)
-    if {"chosen", "rejected"} <= set(columns):
-        what = "'chosen' and 'rejected'"
-    elif judged and answers:
-        what = f"{judged[0]!r} of true and false beside {sorted(map(str, answers))[0]!r}"
-    else:
-        return
-    raise InputError(
-        f"{name}: the columns {what} are preferences, which no step learns from yet; to train on the good answers "
-        "alone, choose the rows with data.filter and name their columns: data.prompt and data.target, or data.messages"
-    )
-
-
-def _refuse_unread(rows: Sequence[Row], columns: Sequence[str], name: str) -> None:
-    """Refuse what stands beside token ids and says more of them than `Tokens` reads."""
-    if packed := [column for column in ("seq_lengths", "position_ids") if column in columns]:
-        raise InputError(
-            f"{name}: the column {packed[0]!r} beside 'input_ids' says that rows hold several examples; give one "
-            "example a row (sft.packing packs them), or drop the column"
-        )
-    weighing = [column for column in columns if any(word in column.lower() for word in WEIGHING)]
-    if weighing and any(_is_list(row.get(weighing[0])) for row in rows):
-        raise InputError(
-            f"{name}: the column {weighing[0]!r} beside 'input_ids' may say what is trained, and is not read; call it "
-            "'completion_mask' (1 on what is trained), or drop it"
-        )
-
-
-def _is_verdict(value: Any) -> bool:
-    """True or false, also as a CSV file has it."""
-    return is_bool(value) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
-
-
 def _dialogue(messages: tuple[Mapping[str, Any], ...], row: Row, tools: str | None, where: str) -> Example:
     last = messages[-1]
     if last["role"] == "system":
@@ -346,14 +240,6 @@ def _dialogue(messages: tuple[Mapping[str, Any], ...], row: Row, tools: str | No
 
 def _says(what: str, column: str | None) -> str:
     return "" if column is None else f", {what} = {column!r}"
-
-
-def _text(row: Row, column: str, where: str, way_out: str = LEAVE_OUT) -> str:
-    return text_of(cell(row, column, where, way_out), column, where, way_out)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) or (hasattr(value, "tolist") and getattr(value, "ndim", 0) > 0)
 
 
 def _integers(row: Row, column: str, where: str) -> list[int]:

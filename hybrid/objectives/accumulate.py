@@ -3,23 +3,23 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
-from hybrid.core import Batch, Rollout, RunStopped, first_line, is_out_of_memory, microbatches
+from hybrid.core import Record, RunStopped, first_line, is_out_of_memory, microbatches
 
-__all__ = ["Loss", "Metrics", "Rows", "Term", "accumulate", "on_host"]
+__all__ = ["Loss", "Metrics", "Term", "accumulate", "on_host"]
 
-Rows = TypeVar("Rows", Batch, Rollout)
 Loss = tuple[Tensor, dict[str, Tensor]]
-Metrics = list[tuple[int, dict[str, Tensor]]]  # of each microbatch its number of tokens, and what there is to log
+# Of each microbatch what its metrics are means over (`Rows.mean_over`), and what there is to log.
+Metrics = list[tuple[float, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
-class Term(Generic[Rows]):
+class Term(Generic[Record]):
     """One summand of an update's loss: these rows, under this loss.
 
     loss_of: rows -> (loss, metrics), for the rows and for any part of them. The loss is already divided by the
@@ -31,8 +31,8 @@ class Term(Generic[Rows]):
     """
 
     name: str
-    rows: Rows
-    loss_of: Callable[[Rows], Loss]
+    rows: Record
+    loss_of: Callable[[Record], Loss]
     coef: float = 1.0
     microbatch_size: int | None = None
     lr_factor: float = 1.0
@@ -78,7 +78,7 @@ def _attempt(term: Term[Any], size: int, scaler: GradScaler) -> Metrics | str:
         for microbatch in microbatches(term.rows, size):
             loss, metrics = term.loss_of(microbatch)
             scaler.scale(term.coef * loss).backward()
-            parts.append((microbatch.num_tokens, {"loss": loss.detach(), **metrics}))
+            parts.append((microbatch.mean_over, {"loss": loss.detach(), **metrics}))
     except RuntimeError as error:
         if is_out_of_memory(error):
             return first_line(error)
@@ -105,7 +105,7 @@ def _halved(term: Term[Any], size: int, failure: str) -> int:
 def on_host(terms: Sequence[Metrics], *others: Tensor) -> tuple[list[dict[str, float]], list[float]]:
     """The terms' metrics and other scalars as numbers, in one read from the device.
 
-    Of a term's microbatches losses are added, `_max` is the maximum, the rest a mean weighted by tokens.
+    Of a term's microbatches losses are added, `_max` is the maximum, the rest a mean weighted by `Rows.mean_over`.
     """
     device = others[0].device
     scalars = [*(x for parts in terms for _, metrics in parts for x in metrics.values()), *others]
@@ -117,8 +117,8 @@ def on_host(terms: Sequence[Metrics], *others: Tensor) -> tuple[list[dict[str, f
     return merged, list(numbers)
 
 
-def _merged(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
-    total = max(sum(count for count, _ in parts), 1)
+def _merged(parts: list[tuple[float, dict[str, float]]]) -> dict[str, float]:
+    total = sum(count for count, _ in parts) or 1
     merged = {}
     for name in parts[0][1]:
         values = [metrics[name] for _, metrics in parts]

@@ -8,11 +8,11 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar, Generic, Protocol
 
-from hybrid.core import Batch, Encoded, InputError, Registry, build, parameters_of, unknown_name
+from hybrid.core import Batch, Encoded, InputError, Record, Registry, build, parameters_of, unknown_name
 from hybrid.data import Loader
 from hybrid.functional import AdaptiveKL, FixedKL
 from hybrid.models import Policy, Reference
-from hybrid.objectives.accumulate import Loss, Rows, Term
+from hybrid.objectives.accumulate import Loss, Term
 
 __all__ = [
     "Objective",
@@ -53,7 +53,7 @@ class Parts(Protocol):
         """Computation in `model.precision`."""
 
 
-class Objective(ABC, Generic[Rows]):
+class Objective(ABC, Generic[Record]):
     """One summand of a step's loss.
 
         @register_objective("calm")
@@ -77,7 +77,7 @@ class Objective(ABC, Generic[Rows]):
         # What `make_objective` knows: the name that it is registered by, and where the config has its settings.
         self.name = self.section = ""
 
-    def rows(self) -> Iterator[Rows]:
+    def rows(self) -> Iterator[Record]:
         """Its own rows, an update's worth each, without end.
 
         In one update objectives that return the same iterator, `parts.loader` say, share what it gives.
@@ -94,14 +94,15 @@ class Objective(ABC, Generic[Rows]):
             )
 
     @abstractmethod
-    def loss_of(self, whole: Rows) -> Callable[[Rows], Loss]:
+    def loss_of(self, whole: Record) -> Callable[[Record], Loss]:
         """The loss of an update's rows, as a function of any part of them: part -> (loss, metrics).
 
         The loss is a sum over the part, divided by the count of the WHOLE: the losses of the parts add up. So do
-        metrics whose name ends in `loss`; of `_max` the maximum is taken, of the others a mean weighted by tokens.
+        metrics whose name ends in `loss`; of `_max` the maximum is taken, of the others a mean weighted by
+        `Rows.mean_over`: by tokens, or by pairs.
         """
 
-    def term(self, rows: Rows, coef: float = 1.0) -> Term[Rows]:
+    def term(self, rows: Record, coef: float = 1.0) -> Term[Record]:
         """coef * the loss of these rows, as a summand of an update. Raises InputError where no token is trained."""
         if not rows.num_tokens:
             raise InputError(
@@ -109,7 +110,7 @@ class Objective(ABC, Generic[Rows]):
             )
         loss_of = self.loss_of(rows)
 
-        def loss(part: Rows) -> Loss:
+        def loss(part: Record) -> Loss:
             self.parts.policy.train(self.dropout)
             with self.parts.autocast():
                 return loss_of(part.trimmed())

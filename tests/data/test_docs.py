@@ -7,9 +7,9 @@ import pytest
 
 from hybrid.core import IGNORE
 from hybrid.data import DataConfig, read_examples
+from hybrid.data.columns import LAYOUTS
 from hybrid.data.files import DATA_SUFFIXES
 from hybrid.data.folders import HELD_OUT
-from hybrid.data.layouts import LAYOUTS
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text()
 _, _, TABLE = PAGE.partition("| columns | a row | prompt | trained |\n")

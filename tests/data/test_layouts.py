@@ -175,9 +175,6 @@ def test_half_a_character_is_refused_with_its_row(columns):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"prompt": "a", "chosen": "b", "rejected": "c"}], "'chosen' and 'rejected' are preferences"),
-        ([{"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}], "preferences"),
-        ([{"prompt": "a", "completion": "b", "label": False}], "'label' of true and false beside 'completion'"),
         ([{"prompt": []}], "must hold a list of messages"),
         ([{"prompt": [USER, ANSWER]}], "is to answer"),
         ([{"prompt": [USER], "completion": [USER]}], "begin and end with the assistant"),
@@ -324,8 +321,11 @@ def test_an_answer_that_any_flag_takes_out_is_not_trained(flag):
         {"messages": [USER, ANSWER], "label": True},
     ],
 )
-def test_a_verdict_in_any_form_is_a_preference(row):
-    assert "'label' of true and false" in rows_refusal([row])
+def test_a_verdict_in_any_form_calls_the_answer_good_or_bad(row):
+    example = one(row)
+    is_good = str(row["label"]).lower() == "true"
+    assert bool(example.target) == is_good
+    assert (example.rejected is None) == is_good
 
 
 @pytest.mark.parametrize("column", ["loss_mask", "assistant_mask", "loss_weights", "prompt_mask"])

@@ -1,0 +1,257 @@
+"""Columns that say which answers are better: pairs, rankings, and answers that are called good or bad."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+from hybrid.core import Example, InputError
+from hybrid.data.cells import LEAVE_OUT, cell, is_bool, is_list, is_missing, text_in
+from hybrid.data.layouts import Layout, Pair, Row, Turns
+from hybrid.data.messages import messages_of
+
+__all__ = ["Flawed", "Judged", "Preferred", "Ranked", "is_verdict"]
+
+# Anthropic's transcripts of dialogues (hh-rlhf).
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+
+class Flawed(InputError):
+    """A row from which no preference can be learnt. reason: why, in the words of a count of such rows."""
+
+    def __init__(self, where: str, reason: str):
+        super().__init__(f"{where}: a pair {reason}; {LEAVE_OUT}")
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Preferred:
+    """Two answers to one prompt, of which `chosen` was preferred: texts, or lists of messages.
+
+    prompt: None where both sides are whole dialogues: their longest common beginning, up to a turn's border, is the
+        prompt then, be they lists of messages or transcripts ("\\n\\nHuman: … \\n\\nAssistant: …").
+        A prompt that both sides repeat is not taken twice.
+    margin: a number, by how much the chosen one is better.
+    """
+
+    prompt: str | None = "prompt"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    margin: str | None = "margin"
+    tools: str | None = "tools"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (*(() if self.prompt is None else (self.prompt,)), self.chosen, self.rejected)
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        return tuple(column for column in (self.margin, self.tools) if column is not None)
+
+    def among(self, columns: Sequence[str]) -> "Preferred":
+        margin, tools = (column if column in columns else None for column in (self.margin, self.tools))
+        return replace(self, margin=margin, tools=tools)
+
+    def says(self) -> str:
+        prompt = "the common beginning" if self.prompt is None else repr(self.prompt)
+        margin = "" if self.margin is None else f", margin = {self.margin!r}"
+        return f"prompt = {prompt}, chosen = {self.chosen!r}, rejected = {self.rejected!r}{margin}"
+
+    def example(self, row: Row, where: str) -> Example:
+        """Raises Flawed where the sides are equal or one is empty."""
+        prompt, chosen, rejected = self._sides(row, where)
+        texts = {"prompt": prompt, self.chosen: chosen, self.rejected: rejected}
+        tools = {} if self.tools is None else {self.tools: row.get(self.tools)}
+        made = []
+        for side in (self.chosen, self.rejected):
+            as_list = any(not isinstance(text, str) for text in (prompt, texts[side]))
+            layout: Layout = Turns("prompt", side, self.tools) if as_list else Pair("prompt", side)
+            made.append(replace(layout.example({**texts, **tools}, where), item=row))
+        best, other = made
+        _check_sides(best, other, where)
+        return replace(best, rejected=other, margin=self._margin(row, where))
+
+    def _margin(self, row: Row, where: str) -> float:
+        value = None if self.margin is None else row.get(self.margin)
+        return 0.0 if value is None or is_missing(value) else _number(value, f"{where}: column {self.margin!r}")
+
+    def _sides(self, row: Row, where: str) -> tuple[Any, Any, Any]:
+        """(prompt, chosen, rejected), each a text or a list of messages."""
+        sides = [self._side(row, column, where) for column in (self.chosen, self.rejected)]
+        if self.prompt is None:
+            return _parted(sides[0], sides[1], where)
+        prompt = self._side(row, self.prompt, where)
+        start = _messages(prompt)
+        if all(isinstance(side, str) for side in sides):
+            repeats = isinstance(prompt, str) and all(prompt and side.startswith(prompt) for side in sides)
+        else:
+            repeats = all(_messages(side)[: len(start)] == start for side in sides)
+        cut = len(prompt) if isinstance(prompt, str) and isinstance(sides[0], str) else len(start)
+        return (prompt, *(side[cut:] if repeats else side for side in sides))
+
+    def _side(self, row: Row, column: str, where: str) -> Any:
+        value = cell(row, column, where, LEAVE_OUT)
+        # A whole dialogue may be JSON, as CSV files have it; of an answer alone that may be what was said.
+        if is_list(value) or (self.prompt is None and isinstance(value, str) and value.startswith("[{")):
+            return messages_of(value, f"{where}: column {column!r}")
+        return text_in(row, column, where)
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Several answers to one prompt with a number each: all pairs of different numbers, which count as one together.
+
+    responses: a list of texts.   scores: a list of numbers, higher is better; with `is_rank` 1 is the best.
+    """
+
+    prompt: str = "prompt"
+    responses: str = "responses"
+    scores: str = "scores"
+    is_rank: bool = False
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.prompt, self.responses, self.scores)
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        return ()
+
+    def among(self, columns: Sequence[str]) -> "Ranked":
+        return self
+
+    def says(self) -> str:
+        return f"prompt = {self.prompt!r}, rankings = {self.responses!r} by {self.scores!r}"
+
+    def example(self, row: Row, where: str) -> Example:
+        """The first of `examples`."""
+        return self.examples(row, where)[0]
+
+    def examples(self, row: Row, where: str) -> list[Example]:
+        """A pair each. Raises Flawed where no answer is better than another."""
+        texts, numbers = (self._listed(row, column, where) for column in (self.responses, self.scores))
+        place = f"{where}: column {self.scores!r}"
+        if len(texts) != len(numbers):
+            raise InputError(f"{place} has {len(numbers)} entries, and {self.responses!r} has {len(texts)}")
+        scores = [_number(number, place) * (-1 if self.is_rank else 1) for number in numbers]
+        order = sorted(range(len(texts)), key=lambda i: -scores[i])
+        pairs = [(i, j) for i, j in combinations(order, 2) if scores[i] > scores[j]]
+        if not pairs:
+            raise Flawed(where, "without an answer that is better than another")
+        layout = Preferred(self.prompt, margin=None, tools=None)
+        sides = [{self.prompt: row.get(self.prompt), "chosen": texts[i], "rejected": texts[j]} for i, j in pairs]
+        made = [layout.example(side, where) for side in sides]
+        return [replace(example, item=row, weight=1 / len(pairs)) for example in made]
+
+    def _listed(self, row: Row, column: str, where: str) -> list[Any]:
+        value = cell(row, column, where, LEAVE_OUT)
+        if not is_list(value):
+            raise InputError(f"{where}: column {column!r} must hold a list, got {value!r:.60}")
+        return list(value.tolist() if hasattr(value, "tolist") else value)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Rows of another layout, whose answers a column calls good (true) or bad (false).
+
+    A bad answer is the `rejected` one of a prompt without a target: it is never imitated.
+    """
+
+    inner: Layout
+    label: str = "label"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (*self.inner.needs, self.label)
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        return self.inner.takes
+
+    def among(self, columns: Sequence[str]) -> "Judged":
+        return replace(self, inner=self.inner.among(columns))
+
+    def says(self) -> str:
+        return f"{self.inner.says()}, good or bad = {self.label!r}"
+
+    def example(self, row: Row, where: str) -> Example:
+        """Raises Flawed for a row without an answer."""
+        is_good = _verdict(cell(row, self.label, where, LEAVE_OUT), f"{where}: column {self.label!r}")
+        example = self.inner.example(row, where)
+        if example.messages:
+            # Only the last answer was judged.
+            example = replace(example, num_prompt_messages=len(example.messages) - 1)
+        if not example.target.strip():
+            raise Flawed(where, "with an empty side")
+        if is_good:
+            return example
+        return replace(example, target="", messages=example.messages[:-1], rejected=example)
+
+
+def is_verdict(value: Any) -> bool:
+    """True or false, also as a CSV file has it."""
+    return is_bool(value) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
+
+
+def _verdict(value: Any, place: str) -> bool:
+    if is_verdict(value) or value in (0, 1):
+        return value.strip().lower() == "true" if isinstance(value, str) else bool(value)
+    raise InputError(f"{place} must be true or false, got {value!r:.60}")
+
+
+def _number(value: Any, place: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number) or is_bool(value):
+        raise InputError(f"{place} must hold a finite number, got {value!r:.60}; {LEAVE_OUT}")
+    return number
+
+
+def _check_sides(best: Example, other: Example, where: str) -> None:
+    said = [_answer(side) for side in (best, other)]
+    if not all(said):
+        raise Flawed(where, "with an empty side")
+    if said[0] == said[1]:
+        raise Flawed(where, "of equal sides")
+
+
+def _answer(example: Example) -> Any:
+    """What tells one answer from another."""
+    return example.messages[example.num_prompt_messages :] if example.messages else example.target.strip()
+
+
+def _messages(side: Any) -> tuple[Mapping[str, Any], ...]:
+    """The messages of a side; a prompt's text is the user's turn."""
+    return ({"role": "user", "content": side},) if isinstance(side, str) else side
+
+
+def _parted(chosen: Any, rejected: Any, where: str) -> tuple[Any, Any, Any]:
+    """(their common beginning, the rest of each)."""
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise InputError(f"{where}: one side is a text and the other a list of messages; {LEAVE_OUT}")
+    if isinstance(chosen, str):
+        common = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+        end = chosen[:common].rfind(ASSISTANT) + len(ASSISTANT)
+        if end < len(ASSISTANT):
+            raise InputError(
+                f"{where}: there is no prompt column, and the sides have no beginning in common that ends with "
+                f"{ASSISTANT!r}; name the prompt's column with data.prompt"
+            )
+        if HUMAN in chosen[end:] or HUMAN in rejected[end:]:
+            raise Flawed(where, "whose sides part before the last answer")
+        return chosen[:end], chosen[end:], rejected[end:]
+    count = 0
+    while count < min(len(chosen), len(rejected)) and chosen[count] == rejected[count]:
+        count += 1
+    # A prompt ends where the assistant has to speak.
+    while count and chosen[count - 1]["role"] == "assistant":
+        count -= 1
+    if not count:
+        raise InputError(
+            f"{where}: there is no prompt column, and the sides differ in their prompt: they begin with no turn in "
+            f"common; {LEAVE_OUT}"
+        )
+    return chosen[:count], chosen[count:], rejected[count:]
