@@ -14,7 +14,7 @@ from hybrid.data import DataConfig
 from hybrid.evaluate import EvalConfig
 from hybrid.mixing import Strategy, make_strategy
 from hybrid.models import LoraConfig, require
-from hybrid.objectives import GradientConfig, PPOConfig, Precision, SFTConfig, check_objectives
+from hybrid.objectives import GradientConfig, PPOConfig, Precision, PreferencesConfig, SFTConfig, check_objectives
 from hybrid.optim import check_optimizer, check_scheduler, plateau_mode
 from hybrid.rollout import KLConfig, RolloutConfig, SamplingConfig, ScoreConfig
 from hybrid.run import CheckpointConfig, write_file
@@ -114,6 +114,7 @@ class HybridConfig:
     references: tuple[ReferenceConfig, ...] = (ReferenceConfig(),)
     data: DataConfig = field(default_factory=DataConfig)
     ptx_data: DataConfig = field(default_factory=DataConfig)  # a second data set, which strategy ptx trains on
+    preference_data: DataConfig = field(default_factory=DataConfig)  # of the objectives of preferences; none: `data`
     reward: Any = None
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -121,6 +122,7 @@ class HybridConfig:
     kl: KLConfig = field(default_factory=KLConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    preferences: PreferencesConfig = field(default_factory=PreferencesConfig)
     mixing: dict[str, Any] = field(default_factory=dict)
     objectives: dict[str, Any] = field(default_factory=dict)  # by name, the settings of those without a section
     optimizer: dict[str, Any] = field(default_factory=dict)
@@ -160,7 +162,7 @@ class HybridConfig:
             raise InputError(f"config: eval.metric {metric!r} needs a reward; give one, or watch another metric")
         if not strategy.rolls_out:
             return
-        if self.reward is None:
+        if self.reward is None and strategy.needs_reward:
             raise InputError("config: reward is missing, which PPO steps need; give one, or leave PPO out of mixing")
         if not self.sampling.temperature:
             raise InputError("config: sampling.temperature must be > 0: PPO learns from what was drawn")

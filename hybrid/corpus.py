@@ -6,14 +6,17 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from hybrid.config import HybridConfig
-from hybrid.core import Batch, Encoded, Example, InputError
+from hybrid.core import Batch, Encoded, Example, InputError, Labelled, Pairs
 from hybrid.data import (
     DataConfig,
     ExampleSet,
+    answers_of,
     collate,
+    collate_answers,
+    collate_pairs,
     data_line,
     encode,
     encode_all,
@@ -23,7 +26,17 @@ from hybrid.data import (
     read_rows,
 )
 
-__all__ = ["Corpus", "encoded_corpus"]
+__all__ = ["Corpus", "ExampleSets", "encoded_corpus"]
+
+
+class ExampleSets(NamedTuple):
+    """What was read of the run's data: to train on and held out, the second data set, and the preferences' own."""
+
+    train: ExampleSet
+    eval: ExampleSet
+    ptx: ExampleSet
+    preferences: ExampleSet
+    preference_eval: ExampleSet
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,8 @@ class Corpus:
     train: list[Encoded]
     eval: list[Encoded]
     ptx: list[Encoded]  # the second data set
+    own_preferences: list[Encoded]  # of preference_data; none: the training examples are asked for theirs
+    own_preference_eval: list[Encoded]
     tokenizer: Any
     config: DataConfig
     prompt_template: str  # how a bare prompt is encoded: as the training data's prompts are
@@ -41,17 +56,40 @@ class Corpus:
     @cached_property
     def fingerprint(self) -> dict[str, str]:
         """Of each part its number of examples and the hash of their tokens and texts, in order."""
-        return {part: _fingerprint(getattr(self, part)) for part in ("train", "eval", "ptx")}
+        parts = {"train": self.train, "eval": self.eval, "ptx": self.ptx}
+        if self.has_own_preferences:
+            parts |= {"preference": self.own_preferences, "preference evaluation": self.own_preference_eval}
+        return {part: _fingerprint(examples) for part, examples in parts.items()}
+
+    @property
+    def has_own_preferences(self) -> bool:
+        """Whether the preferences are a data set of their own."""
+        return bool(self.own_preferences)
+
+    @property
+    def preferences(self) -> list[Encoded]:
+        """The examples that objectives of preferences learn from."""
+        return self.own_preferences or self.train
+
+    @cached_property
+    def pairs(self) -> list[Encoded]:
+        """Those of them that are pairs."""
+        return [e for e in self.preferences if e.is_pair]
+
+    @property
+    def held_out_preferences(self) -> list[Encoded]:
+        """The same, held out."""
+        return self.own_preference_eval if self.has_own_preferences else self.eval
 
     def check_fingerprint(self, other: Mapping[str, str] | None) -> None:
         """Refuse (InputError) to go on from a state that was saved with other data. None: with data not known."""
-        if other is None or not self.train:
+        if other is None or not (self.train or self.has_own_preferences):
             return
         for part, found in self.fingerprint.items():
-            if found != other[part]:
+            if found != other.get(part):
                 raise InputError(
-                    f"the {part} data are not those that the run was saved with ({other[part]}; now {found}): put them "
-                    "back as they were, or start a new run from its weights with model.name=CHECKPOINT/model"
+                    f"the {part} data are not those that the run was saved with ({other.get(part)}; now {found}): put "
+                    "them back as they were, or start a new run from its weights with model.name=CHECKPOINT/model"
                 )
 
     def prompt(self, text: str) -> Encoded:
@@ -88,33 +126,41 @@ class Corpus:
             return rows
         return collate(self.encoded(rows), pad_id=filler_id(self.tokenizer))
 
+    def pairs_of(self, rows: Iterable[Any]) -> Pairs:
+        """A batch of pairs, made of rows as in the training data."""
+        return collate_pairs(self.encoded(rows), pad_id=filler_id(self.tokenizer))
 
-def encoded_corpus(
-    config: HybridConfig,
-    tokenizer: Any,
-    train: ExampleSet,
-    held_out: ExampleSet,
-    ptx: ExampleSet,
-    *,
-    context: int | None,
-) -> Corpus:
+    def answers_of(self, rows: Iterable[Any]) -> Labelled:
+        """A batch of good and bad answers, made of rows as in the training data."""
+        return collate_answers(answers_of(self.encoded(rows)), pad_id=filler_id(self.tokenizer))
+
+
+def encoded_corpus(config: HybridConfig, tokenizer: Any, sets: ExampleSets, *, context: int | None) -> Corpus:
     """The examples as tokens. Raises InputError where a prompt leaves no room to answer in the model's context."""
-    data = config.data
-    sets = (("training", train, data), ("evaluation", held_out, data), ("ptx", ptx, config.ptx_data))
-    encoded = [encode_all(each.examples, tokenizer, of, what=what) if each.examples else [] for what, each, of in sets]
-    lines = [data_line(len(e), what, each.said) for e, (what, each, _) in zip(encoded, sets, strict=True) if e]
+    whats = ("training", "evaluation", "ptx", "preference", "preference evaluation")
+    configs = (config.data, config.data, config.ptx_data, config.preference_data, config.preference_data)
+    encoded: list[list[Encoded]] = []
+    lines = []
+    for what, each, data in zip(whats, sets, configs, strict=True):
+        encoded.append(encode_all(each.examples, tokenizer, data, what=what) if each.examples else [])
+        if encoded[-1]:
+            lines.append(data_line(len(encoded[-1]), what, each.said))
+    train, held_out, ptx, preferences, preference_eval = encoded
     corpus = Corpus(
-        train=encoded[0],
-        eval=encoded[1],
-        ptx=encoded[2],
+        train=train,
+        eval=held_out,
+        ptx=ptx,
+        own_preferences=preferences,
+        own_preference_eval=preference_eval,
         tokenizer=tokenizer,
-        config=data,
-        prompt_template=_prompt_template([*train.examples, *held_out.examples], data),
+        config=config.data,
+        prompt_template=_prompt_template([*sets.train.examples, *sets.eval.examples], config.data),
         lines=tuple(lines),
     )
     for example in [*corpus.train, *corpus.eval]:
         config.sampling.check_room(len(example.prompt_ids), context, prompt=example.prompt)
-    for example in [*corpus.train, *corpus.eval, *corpus.ptx]:
+    every = [e for part in encoded for example in part for e in (example, example.rejected) if e is not None]
+    for example in every:
         if context is not None and len(example.input_ids) > context:
             raise InputError(
                 f"an example of {len(example.input_ids)} tokens is longer than the model's context of {context}; "
@@ -136,4 +182,7 @@ def _fingerprint(examples: Sequence[Encoded]) -> str:
         for ids in (e.input_ids, e.labels, e.prompt_ids):
             digest.update(array("q", (len(ids), *ids)).tobytes())
         digest.update(json.dumps([e.prompt, e.target]).encode("ascii"))
+        if e.rejected is not None:
+            sides = (e.rejected.input_ids, e.rejected.labels)
+            digest.update(json.dumps([*sides, e.margin, e.weight]).encode("ascii"))
     return f"{len(examples)} examples, {digest.hexdigest()[:16]}"

@@ -5,18 +5,17 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from hybrid.config import HybridConfig
-from hybrid.core import Batch, Encoded, InputError, Rollout
+from hybrid.core import Batch, InputError, Labelled, Pairs, Rollout
 from hybrid.corpus import encoded_corpus
-from hybrid.data import Loader
 from hybrid.evaluate import evaluate
+from hybrid.functional import PreferenceKind
 from hybrid.mixing import Plan, Strategy, make_strategy
 from hybrid.models import Policy
 from hybrid.objectives import (
@@ -26,12 +25,13 @@ from hybrid.objectives import (
     autocast,
     check_groups,
     log_names,
-    minibatches,
+    objective_class,
+    objective_names,
     over_updates,
     rollout_metrics,
-    with_advantages,
+    shares,
 )
-from hybrid.rewards import make_reward
+from hybrid.rewards import Unjudged, make_reward
 from hybrid.rollout import (
     CollectOptions,
     Engine,
@@ -46,9 +46,7 @@ from hybrid.rollout import (
 )
 from hybrid.run import open_run_folder
 from hybrid.setup import (
-    Loaders,
     ReferenceLike,
-    build_loaders,
     build_models,
     load_tokenizer,
     model_context,
@@ -56,13 +54,14 @@ from hybrid.setup import (
     read_examples_of,
     resolved,
 )
+from hybrid.supply import Supply
 
 __all__ = ["Learner"]
 
 Metrics = dict[str, float]
 
 
-class Learner:
+class Learner(Supply):
     """Supervised fine-tuning and PPO on one language model. Owns the policy, its optimizer and its references.
 
         learner = Learner("gpt2", train_data="reviews.jsonl", reward=my_function)
@@ -75,12 +74,14 @@ class Learner:
 
         learner.batch_step({"sft": 1.0})                            # one update, on the objective's own rows
         learner.rollout_step(rollout, {"ppo": 1.0, "sft": 0.1})     # every update that PPO makes of a rollout
+        learner.preference_step([{"prompt": ..., "chosen": ..., "rejected": ...}, ...])
         learner.update([learner.objectives["sft"].term(batch)])     # by hand
 
     policy_or_name: a `Policy`, a transformers model, or a model's folder or hub name; the config's where None.
     tokenizer: the model's own where None; or a model's name.
-    train_data, eval_data, ptx_data: a file, a hub name, a datasets.Dataset, a frame, a list of dicts (docs/data.md);
-        the config's where None. ptx_data is the second data set, which objective `ptx` trains on.
+    train_data, eval_data, ptx_data, preference_data: a file, a hub name, a datasets.Dataset, a frame, a list of dicts
+        (docs/data.md); the config's where None. ptx_data is the second data set, which objective `ptx` trains on;
+        preference_data what objectives of preferences learn from, where that is not the training data.
     reward: a spec, a function or a `Reward`; the config's where None.
     reference: a `Reference`, a policy to copy, a model's name, or several; the config's (a frozen copy of the
         policy) where None.
@@ -98,8 +99,9 @@ class Learner:
         eval_data: Any = None,
         reference: ReferenceLike | Sequence[ReferenceLike] | None = None,
         ptx_data: Any = None,
+        preference_data: Any = None,
     ):
-        config = resolved(config, policy_or_name, train_data, eval_data, reward, ptx_data)
+        config = resolved(config, policy_or_name, train_data, eval_data, reward, ptx_data, preference_data)
         source = config.model.name if policy_or_name is None else policy_or_name
         if source is None:
             raise InputError(f"{type(self).__name__} needs a model: give policy_or_name, or the config's model.name")
@@ -107,16 +109,18 @@ class Learner:
         self.strategy = make_strategy(config.mixing)
         self.reward = None if config.reward is None else make_reward(config.reward)
         self.folder = None if config.run.output is None else open_run_folder(config.run.output)
-        examples = read_examples_of(config, train_data, eval_data, ptx_data, self.reward)
+        examples = read_examples_of(config, train_data, eval_data, ptx_data, preference_data, self.reward)
         context = model_context(source)
         self.tokenizer = load_tokenizer(source, tokenizer)
-        self.corpus = encoded_corpus(config, self.tokenizer, *examples, context=context)
+        self.corpus = encoded_corpus(config, self.tokenizer, examples, context=context)
         # A bare prompt goes through the template that the data's prompts went through, in later commands too.
         self.config = replace(config, data=replace(config.data, template=self.corpus.prompt_template))
         for other in config.references:
             if other.model is not None and reference is None:
                 model_context(other.model)
         self.policy, self.references = build_models(source, reference, config, self.tokenizer)
+        if any(objective_class(name).needs_reward_head for name in {*self.strategy.objectives, *config.objectives}):
+            self.policy.add_reward_head()
         if self.reward is not None:
             self.reward.setup(self.policy.device)
         self.updater = Updater(
@@ -176,17 +180,19 @@ class Learner:
         """
         began = time.perf_counter()
         config = self.config.ppo
-        learnt = with_advantages(rollout if rows is None else rollout[rows.to(self.policy.device)], config)
-        rolling = {name for name in coefs if self.objectives[name].rolls_out}
+        chosen = rollout if rows is None else rollout[rows.to(self.policy.device)]
+        learnt = {name: self.objectives[name].learnt(chosen) for name in coefs if self.objectives[name].rolls_out}
+        sizes = {name: len(of_rollout) for name, of_rollout in learnt.items()}
         steps: list[Metrics] = []
-        for picked in minibatches(len(learnt), config, self.shuffler):
-            minibatch = learnt[picked]
-            of = self.objectives.next_rows((name for name in coefs if name not in rolling), batches)
-            of |= dict.fromkeys(rolling, minibatch)
+        for picked in shares(sizes, len(chosen), config, self.shuffler):
+            of = self.objectives.next_rows((name for name in coefs if name not in learnt), batches)
+            of |= {name: learnt[name][some] for name, some in picked.items() if len(some)}
+            if not of:
+                continue
             steps.append(self.update(self._terms({name: of[name] for name in coefs if name in of}, coefs)))
-            if config.target_kl is not None and steps[-1]["approx_kl"] > config.target_kl:
+            if config.target_kl is not None and steps[-1].get("approx_kl", 0.0) > config.target_kl:
                 break
-        whole = learnt if rows is None else with_advantages(rollout, config)
+        whole = learnt.get("ppo", rollout) if rows is None else self.objectives["ppo"].learnt(rollout)
         metrics = rollout_metrics(whole) | over_updates(steps) | {"kl_coef": self.kl.coef}
         if math.isfinite(metrics["kl"]):  # else its updates were skipped, and it says nothing
             self.kl.update(metrics["kl"], len(rollout))
@@ -223,6 +229,18 @@ class Learner:
         """One supervised optimizer step on a batch (or on examples as in `train_data`)."""
         return self.batch_step({"sft": 1.0}, {"sft": batch})
 
+    def preference_step(self, pairs: Pairs | Labelled | Iterable[Any], kind: str = "dpo") -> Metrics:
+        """One optimizer step of objective `kind` (dpo, kto, reward_model) on these pairs, or rows as in `train_data`.
+
+        Its settings are the config's `objectives.KIND`.
+        """
+        if kind not in objective_names() and kind in get_args(PreferenceKind):
+            raise InputError(
+                f"kind is an objective's name; for that loss set objectives.dpo.kind={kind} with kind 'dpo'"
+            )
+        self.objectives[kind].check()
+        return self.batch_step({kind: 1.0}, {kind: pairs})
+
     def ppo_step(self, rollout: Rollout) -> Metrics:
         """All PPO epochs over one rollout; see `rollout_step`."""
         return self.rollout_step(rollout, {"ppo": 1.0})
@@ -240,9 +258,13 @@ class Learner:
         sft = {} if batches is None or not sft_coef else {"sft": batches}
         return self.rollout_step(rollout, {"ppo": ppo_coef} | dict.fromkeys(sft, sft_coef), sft, rows=rows)
 
-    def rollout(self, prompts: Batch | Sequence[Any]) -> Rollout:
-        """Answer the prompts (a batch, texts, or examples as in `train_data`) and score the answers."""
-        if self.reward is None:
+    def rollout(self, prompts: Batch | Sequence[Any], *, scored: bool = True) -> Rollout:
+        """Answer the prompts (a batch, texts, or examples as in `train_data`) and score the answers.
+
+        scored: False: without a reward, where there is none, all scores are 0.
+        """
+        reward = self.reward if scored or self.reward is not None else Unjudged()
+        if reward is None:
             raise InputError("PPO needs a reward: give HybridTrainer(reward=...) or the config's `reward`")
         if not self.config.sampling.temperature:
             raise InputError("a rollout needs sampling.temperature > 0: PPO learns from what was drawn")
@@ -250,7 +272,7 @@ class Learner:
             return collect(
                 self.policy,
                 self.references,
-                self.reward,
+                reward,
                 self.corpus.encoded(prompts),
                 tokenizer=self.tokenizer,
                 sampling=self.config.sampling,
@@ -310,12 +332,22 @@ class Learner:
         return self.evaluation()[0]
 
     def evaluation(self) -> tuple[Metrics, list[dict[str, Any]]]:
-        """What `evaluate` measures, and the responses that it measured, a row each."""
+        """What `evaluate` measures, and the responses that it measured, a row each.
+
+        The measures of objectives go by their names: "dpo/accuracy"; their rows have an `objective`.
+        """
+        config = self.config.eval
         with self.autocast():
-            return evaluate(
-                self.policy, self.references, self.reward, self.corpus.eval, self.config.eval,
+            metrics, rows = evaluate(
+                self.policy, self.references, self.reward, self.corpus.eval, config,
                 tokenizer=self.tokenizer, sampling=self.config.sampling, engine=self.engine,
             )  # fmt: skip
+        held_out = self.corpus.held_out_preferences[: config.num_examples]
+        for name in sorted({*self.strategy.objectives, *self.objectives}):
+            found = self.objectives[name].evaluate(held_out, config.batch_size)
+            metrics |= {f"{name}/{measure}": value for measure, value in found.metrics.items()}
+            rows += [{"objective": name, **row} for row in found.rows]
+        return metrics, rows
 
     def save(self, folder: str | Path) -> None:
         """Write policy and tokenizer as a plain transformers folder, the value head beside them."""
@@ -328,32 +360,6 @@ class Learner:
     # What the objectives take from it
 
     @property
-    def loader(self) -> Loader:
-        """Endless batches of the training examples with a target (without any, of all): for `sft_step`, `rollout`."""
-        return self._loaders.train
-
-    @property
-    def prompts(self) -> Loader:
-        """Endless batches of `ppo.batch_size` examples, whose prompts `train` rolls out."""
-        return self._loaders.prompts
-
-    @property
-    def ptx_loader(self) -> Loader:
-        """Endless batches of the second data set. Raises InputError where there is none."""
-        if self._loaders.ptx is None:
-            raise InputError("there is no second data set: give HybridTrainer(ptx_data=...) or the config's ptx_data")
-        return self._loaders.ptx
-
-    def batch(self, rows: Batch | Iterable[Any]) -> Batch:
-        """A batch on the policy's device: as it is, or made of examples as in `train_data`."""
-        return self.corpus.batch(rows).to(self.policy.device)
-
-    def batches_of(self, examples: Sequence[Encoded]) -> list[Batch]:
-        """The examples in batches of `sft.batch_size`."""
-        size = self.config.sft.batch_size
-        return [self.corpus.batch(examples[i : i + size]) for i in range(0, len(examples), size)]
-
-    @property
     def optimizer(self) -> torch.optim.Optimizer:
         """The one optimizer of all objectives."""
         return self.updater.optimizer
@@ -363,15 +369,12 @@ class Learner:
         rollout = self.config.ppo.num_updates
         return strategy.num_updates({"sft": 1, "ppo": rollout, "joint": rollout})
 
-    @cached_property
-    def _loaders(self) -> Loaders:
-        return build_loaders(self.config, self.corpus)
-
     def _terms(self, rows: Mapping[str, Any], coefs: Mapping[str, float]) -> list[Term[Any]]:
         terms, called = [], log_names(coefs)
         for name, given in rows.items():
-            placed = given.to(self.policy.device) if hasattr(given, "to") else self.batch(given)
-            terms.append(replace(self.objectives[name].term(placed, coefs[name]), name=called[name]))
+            objective = self.objectives[name]
+            placed = given.to(self.policy.device) if hasattr(given, "to") else objective.rows_of(given)
+            terms.append(replace(objective.term(placed, coefs[name]), name=called[name]))
         return terms
 
     def _collect_options(self) -> CollectOptions:

@@ -272,7 +272,7 @@ class _Loop:
     def _rollout_step(self, plan: Plan, number: int) -> Metrics:
         learner, strategy = self.learner, self.strategy
         examples = strategy.prompts(next(learner.prompts).examples, number)
-        rollout = learner.rollout(examples)
+        rollout = learner.rollout(examples) if plan.needs_reward else learner.rollout(examples, scored=False)
         batches = {"sft": strategy.supervised(learner, examples)} if "sft" in plan.coefs else None
         rows = strategy.trained_rows(rollout, examples)
         metrics = learner.take(plan, rollout, batches, rows=rows)
@@ -285,7 +285,9 @@ class _Loop:
             self.log.step({"step": self.learner.num_steps, "phase": "eval", **metrics})
             self._watch(metrics)
             self.learner.updater.evaluated(metrics, self.learner.config.eval.metric)
-            self._log_samples("eval", rows)
+            # Pairs of answers are rows of another kind.
+            self._log_samples("eval", [row for row in rows if "objective" not in row])
+            self._log_samples("pairs", [row for row in rows if "objective" in row])
         self.progress.evaluated, self.progress.evaluation = self.learner.num_steps, metrics
 
     def _watch(self, metrics: Metrics) -> None:

@@ -121,6 +121,7 @@ def training_state(learner: Learner) -> dict[str, Any]:
     """Optimizer, scheduler, KL coefficient, place in the data, random streams, reward and step count."""
     return {
         **{name: part.state_dict() for name, part in _parts(learner).items()},
+        **learner.loaders.state_dict(),
         **{name: stream.get_state() for name, stream in _streams(learner).items()},
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all(),
@@ -141,6 +142,7 @@ def load_training_state(learner: Learner, state: Mapping[str, Any]) -> None:
     learner.corpus.check_fingerprint(state.get("data"))
     for name, part in _parts(learner).items():
         part.load_state_dict(state[name])
+    learner.loaders.load_state_dict(state)
     if learner.reward is not None:
         learner.reward.load_state_dict(state["reward"])
     learner.num_steps = state["num_steps"]
@@ -161,13 +163,7 @@ class _Part(Protocol):
 
 
 def _parts(learner: Learner) -> dict[str, _Part]:
-    """The loaders too, where there is data: a learner that only learns by `step` has none."""
-    parts: dict[str, _Part] = {"updater": learner.updater, "kl": learner.kl}
-    if learner.corpus.train:
-        parts |= {"loader": learner.loader, "prompts": learner.prompts}
-        if learner.corpus.ptx:
-            parts["ptx_loader"] = learner.ptx_loader
-    return parts
+    return {"updater": learner.updater, "kl": learner.kl}
 
 
 def _streams(learner: Learner) -> dict[str, torch.Generator]:

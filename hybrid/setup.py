@@ -3,23 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from hybrid.config import HybridConfig, ModelConfig, ReferenceConfig
-from hybrid.core import Encoded, InputError, first_line
-from hybrid.corpus import Corpus
-from hybrid.data import (
-    DataConfig,
-    ExampleSet,
-    Loader,
-    filler_id,
-    read_example_set,
-    read_training_sets,
-    split_examples,
-)
+from hybrid.core import InputError, first_line
+from hybrid.corpus import ExampleSets
+from hybrid.data import DataConfig, ExampleSet, read_example_set, read_training_sets, split_examples
 from hybrid.mixing import make_strategy
 from hybrid.models import (
     Policy,
@@ -35,9 +27,7 @@ from hybrid.models import (
 from hybrid.run import check_trackers
 
 __all__ = [
-    "Loaders",
     "ReferenceLike",
-    "build_loaders",
     "build_models",
     "build_policy",
     "load_tokenizer",
@@ -49,37 +39,7 @@ __all__ = [
 
 
 ReferenceLike = Reference | Policy | str | Path
-
-
-class Loaders(NamedTuple):
-    """Endless batches of the training examples, for SFT steps and for rollouts, and of the second data set."""
-
-    train: Loader
-    prompts: Loader
-    ptx: Loader | None
-
-
-def build_loaders(config: HybridConfig, corpus: Corpus) -> Loaders:
-    """The run's loaders; prints what its data are. Raises InputError without data."""
-    examples = corpus.train
-    if not examples:
-        raise InputError("training needs data: give HybridTrainer(train_data=...) or the config's data.train")
-    for line in corpus.lines:
-        print(line, flush=True)
-    seed, pad_id = config.run.seed, filler_id(corpus.tokenizer)
-
-    def supervised(examples: list[Encoded], data: DataConfig, seed: int) -> Loader:
-        packing_length = data.max_length if config.sft.packing else None
-        # A batch of prompts alone would have nothing to learn; where there is no target at all, they still serve
-        # rollouts by hand.
-        examples = [e for e in examples if e.has_target] or examples
-        return Loader(examples, config.sft.batch_size, seed=seed, pad_id=pad_id, packing_length=packing_length)
-
-    return Loaders(
-        supervised(examples, config.data, seed),
-        Loader(examples, config.ppo.batch_size, seed=seed + 1, pad_id=pad_id),
-        supervised(corpus.ptx, config.ptx_data, seed + 2) if corpus.ptx else None,
-    )
+_NONE = ExampleSet([], "")
 
 
 def random_streams(seed: int, device: torch.device) -> tuple[torch.Generator, torch.Generator, torch.Generator]:
@@ -90,7 +50,13 @@ def random_streams(seed: int, device: torch.device) -> tuple[torch.Generator, to
 
 
 def resolved(
-    config: HybridConfig | None, policy: Any, train_data: Any, eval_data: Any, reward: Any, ptx_data: Any
+    config: HybridConfig | None,
+    policy: Any,
+    train_data: Any,
+    eval_data: Any,
+    reward: Any,
+    ptx_data: Any,
+    preference_data: Any = None,
 ) -> HybridConfig:
     """The config with what was given in code put in, so that a run's config.yaml says all that can be written."""
     config = HybridConfig() if config is None else config
@@ -118,8 +84,11 @@ def resolved(
         data = replace(data, train=_as_text(train_data))
     if _is_file_name(eval_data):
         data = replace(data, eval=_as_text(eval_data), eval_fraction=0.0)
+    preferences = config.preference_data
+    if _is_file_name(preference_data):
+        preferences = replace(preferences, train=_as_text(preference_data))
     reward = config.reward if reward is None else reward
-    return replace(config, model=model, data=data, ptx_data=ptx, reward=reward)
+    return replace(config, model=model, data=data, ptx_data=ptx, preference_data=preferences, reward=reward)
 
 
 def _is_file_name(source: Any) -> bool:
@@ -171,34 +140,46 @@ def model_context(policy: nn.Module | str | Path) -> int | None:
 
 
 def read_examples_of(
-    config: HybridConfig, train_data: Any = None, eval_data: Any = None, ptx_data: Any = None, reward: Any = None
-) -> tuple[ExampleSet, ExampleSet, ExampleSet]:
-    """(training, held-out, second) examples of a run, from what is given or the config names; none at all is fine.
+    config: HybridConfig,
+    train_data: Any = None,
+    eval_data: Any = None,
+    ptx_data: Any = None,
+    preference_data: Any = None,
+    reward: Any = None,
+) -> ExampleSets:
+    """The examples of a run, from what is given or the config names; none at all is fine.
 
-    Training data with splits bring their held-out data along, where neither eval data nor data.eval_fraction is given.
     Raises InputError where the reward cannot score them.
     """
-    data, seed = config.data, config.run.seed
+    seed = config.run.seed
+    train, held_out = _read_both(config.data, train_data, eval_data, seed)
+    if reward is not None:
+        for what, examples in (("training examples", train.examples), ("held-out examples", held_out.examples)):
+            targets, items = [e.target for e in examples], [e.item for e in examples]
+            reward.check_data(targets, items, what=what, hint="name its column with data.target")
+    ptx = config.ptx_data.train if ptx_data is None else ptx_data
+    second, _ = (_NONE, _NONE) if ptx is None else read_training_sets(ptx, config.ptx_data, seed=seed, hold_out=False)
+    return ExampleSets(train, held_out, second, *_read_both(config.preference_data, preference_data, None, seed))
+
+
+def _read_both(data: DataConfig, train_data: Any, eval_data: Any, seed: int) -> tuple[ExampleSet, ExampleSet]:
+    """(training, held-out) examples, from what is given or the config names.
+
+    Training data with splits bring their held-out data along, where neither eval data nor an eval_fraction is given.
+    """
     train_data = data.train if train_data is None else train_data
     eval_data = data.eval if eval_data is None else eval_data
-    ptx_data = config.ptx_data.train if ptx_data is None else ptx_data
-    train = held_out = ptx = ExampleSet([], "")
+    train = held_out = _NONE
     if train_data is not None:
         hold_out = eval_data is None and not data.eval_fraction
         train, held_out = read_training_sets(train_data, data, seed=seed, hold_out=hold_out)
     if eval_data is not None:
         held_out = read_example_set(eval_data, data, seed=seed)
-    if ptx_data is not None:
-        ptx, _ = read_training_sets(ptx_data, config.ptx_data, seed=seed, hold_out=False)
-    if reward is not None:
-        for what, examples in (("training examples", train.examples), ("held-out examples", held_out.examples)):
-            targets, items = [e.target for e in examples], [e.item for e in examples]
-            reward.check_data(targets, items, what=what, hint="name its column with data.target")
-    if eval_data is None and data.eval_fraction and train.examples:
+    elif data.eval_fraction and train.examples:
         left, taken = split_examples(train.examples, data.eval_fraction, seed=seed)
         train = replace(train, examples=left)
-        held_out = ExampleSet(taken, f" (data.eval_fraction = {data.eval_fraction} of the same)")
-    return train, held_out, ptx
+        held_out = ExampleSet(taken, f" (eval_fraction = {data.eval_fraction} of the same)")
+    return train, held_out
 
 
 def build_models(

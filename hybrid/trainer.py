@@ -9,6 +9,7 @@ from signal import Signals
 from typing import Any
 
 from hybrid.core import InputError
+from hybrid.data import Endless
 from hybrid.learner import Learner
 from hybrid.loop import Progress, run
 from hybrid.mixing import Sequential, Strategy, make_strategy, passes
@@ -49,7 +50,7 @@ class HybridTrainer(Learner):
             return self._run(*left)
         if epochs is None:
             return self._run(self.strategy)
-        return self._run(self.strategy.for_epochs(passes("epochs", epochs), len(self.loader), len(self.prompts)))
+        return self._run(self.strategy.for_epochs(passes("epochs", epochs), *self._steps_per_epoch()))
 
     def run_training(self, supervised_epochs: float = 1, rl_epochs: float = 1) -> Metrics:
         """SFT for some passes over the examples, then PPO for some passes over their prompts."""
@@ -88,6 +89,15 @@ class HybridTrainer(Learner):
     def load_checkpoint(self, folder: str | Path) -> None:
         """Go on from a checkpoint of a trainer that was made alike; the steps that follow are the same, bit for bit."""
         load_checkpoint(self, Path(folder))
+
+    def _steps_per_epoch(self) -> tuple[int, int]:
+        """Of updates without a rollout, and of rollouts, so many as are one pass over the data that they learn from."""
+        if self.strategy.objectives & {"sft", "ppo"}:
+            return len(self.loader), len(self.prompts)
+        own = [self.objectives[name] for name in sorted(self.strategy.objectives)]
+        rows = [objective.rows() for objective in own if not objective.rolls_out]
+        passes = [len(loader) for loader in rows if isinstance(loader, Endless)]
+        return max(passes, default=1), len(self.prompts) if self.strategy.rolls_out else 1
 
     def _run(self, strategy: Strategy, progress: Progress | None = None) -> Metrics:
         outcome = run(self, strategy, progress)

@@ -1,6 +1,6 @@
 """What every room may use: the types that travel, the registry, the error for bad input."""
 
-from hybrid.core.build import build, fits, parameters_of
+from hybrid.core.build import build, check_settings, fits, parameters_of
 from hybrid.core.errors import (
     InputError,
     RunStopped,
@@ -34,6 +34,7 @@ __all__ = [
     "build",
     "by_length",
     "check_seed",
+    "check_settings",
     "enough_memory",
     "extents",
     "first_line",

@@ -9,25 +9,17 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from hybrid.core.errors import InputError, unknown_name
 
-__all__ = ["build", "fits", "parameters_of"]
+__all__ = ["build", "check_settings", "fits", "parameters_of"]
 
 
 def build(
     factory: Callable[..., Any], settings: Mapping[str, Any], *, what: str, path: str, also: Iterable[str] = ()
 ) -> Any:
-    """`factory(**settings)`, checked: every key a parameter, every value of its annotated type, none missing.
+    """`factory(**settings)`, checked as `check_settings` does, and that none is missing.
 
-    what: names the thing in errors ("reward 'bleu'").   path: where the settings stand ("REWARD.components[1]").
-    also: other keys that are legal at that place, for the nearest-name hint.
     Raises InputError with the path; one that the factory itself raises gets the path in front.
     """
-    parameters = parameters_of(factory)
-    for key, value in settings.items():
-        if key not in parameters:
-            error = unknown_name(f"parameter of {what}:", str(key), [*parameters, *also])
-            raise InputError(f"{path}.{key}: {error}")
-        if not fits(value, parameters[key].annotation):
-            raise InputError(f"{path}.{key} must be {_described(parameters[key].annotation)}, got {value!r}")
+    parameters = check_settings(factory, settings, what=what, path=path, also=also)
     for key, parameter in parameters.items():
         if key not in settings and parameter.default is parameter.empty:
             raise InputError(f"{path}.{key} is missing; {what} needs it")
@@ -37,6 +29,24 @@ def build(
         # "min must be", or "components[1].weight must be"
         joint = "." if re.split(r"[ .\[]", str(error))[0] in parameters else ": "
         raise InputError(f"{path}{joint}{error}") from error
+
+
+def check_settings(
+    factory: Callable[..., Any], settings: Mapping[str, Any], *, what: str, path: str, also: Iterable[str] = ()
+) -> dict[str, inspect.Parameter]:
+    """The factory's parameters, where every key of the settings is one, and every value of its annotated type.
+
+    what: names the thing in errors ("reward 'bleu'").   path: where the settings stand ("REWARD.components[1]").
+    also: other keys that are legal at that place, for the nearest-name hint.   Raises InputError with the path.
+    """
+    parameters = parameters_of(factory)
+    for key, value in settings.items():
+        if key not in parameters:
+            error = unknown_name(f"parameter of {what}:", str(key), [*parameters, *also])
+            raise InputError(f"{path}.{key}: {error}")
+        if not fits(value, parameters[key].annotation):
+            raise InputError(f"{path}.{key} must be {_described(parameters[key].annotation)}, got {value!r}")
+    return parameters
 
 
 def parameters_of(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:

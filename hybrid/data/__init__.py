@@ -11,16 +11,24 @@ from hybrid.data.examples import (
     read_training_sets,
     split_examples,
 )
-from hybrid.data.loader import Loader
+from hybrid.data.loader import AnswerLoader, Endless, Loader, PairLoader
 from hybrid.data.pack import collate, filler_id, left_pad, pack
+from hybrid.data.pairs import Answer, answers_of, collate_answers, collate_pairs
 from hybrid.data.read import read_rows
 from hybrid.data.template import prompt_text
 
 __all__ = [
+    "Answer",
+    "AnswerLoader",
     "DataConfig",
+    "Endless",
     "ExampleSet",
     "Loader",
+    "PairLoader",
+    "answers_of",
     "collate",
+    "collate_answers",
+    "collate_pairs",
     "data_line",
     "encode",
     "encode_all",

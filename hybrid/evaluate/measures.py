@@ -13,7 +13,7 @@ from hybrid.evaluate.config import EvalConfig
 from hybrid.evaluate.text import evaluate_texts
 from hybrid.models import Policy, Reference
 from hybrid.objectives import SFTConfig, sft_batch_loss
-from hybrid.rewards import AllSkipped, Reward
+from hybrid.rewards import AllSkipped, Reward, Unjudged
 from hybrid.rollout import Engine, SamplingConfig, collect
 
 __all__ = ["distinct_n", "evaluate", "evaluate_responses", "evaluate_sft", "sample_rows"]
@@ -88,7 +88,7 @@ def evaluate_responses(
     """
     generator = torch.Generator(policy.device).manual_seed(seed)
     rollouts = _rollouts(
-        policy, references, reward or _Unjudged(), examples,
+        policy, references, reward or Unjudged(), examples,
         batch_size=batch_size, tokenizer=tokenizer, sampling=sampling, generator=generator, engine=engine,
     )  # fmt: skip
     rows = [row for rollout in rollouts for row in sample_rows(rollout)]
@@ -130,13 +130,6 @@ def _rollouts(
                 raise
     reward.load_state_dict(state)
     return rollouts
-
-
-class _Unjudged(Reward):
-    """Stands in where no reward is asked for: its scores are not looked at."""
-
-    def _score_one(self, response: str, target: Any, prompt: str, item: Any) -> float:
-        return 0.0
 
 
 def _reward_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Strategies that mix supervised and PPO steps on one policy: which step comes next, with which factors."""
 
-from hybrid.mixing.blend import Blend
+from hybrid.mixing.blend import Blend, Single
 from hybrid.mixing.gate import Gate
 from hybrid.mixing.hint import Hint
 from hybrid.mixing.joint import Joint, Ptx
@@ -25,6 +25,7 @@ __all__ = [
     "Plan",
     "Ptx",
     "Sequential",
+    "Single",
     "Strategy",
     "make_strategy",
     "passes",

@@ -1,4 +1,4 @@
-"""One loss of any objectives, each with a coefficient that stays."""
+"""One loss of any objectives, each with a coefficient that stays; or one objective alone."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from hybrid.core import InputError
 from hybrid.mixing.strategy import Plan, Strategy, check_range, register_strategy
 from hybrid.objectives import objective_class
 
-__all__ = ["Blend"]
+__all__ = ["Blend", "Single"]
 
 
 @register_strategy("blend")
@@ -51,3 +51,35 @@ class Blend(Strategy):
 
     def plan(self, step: int, metrics: Mapping[str, float]) -> Plan | None:
         return Plan(step, self.coefs) if step < self.steps else None
+
+
+@register_strategy("objective")
+@dataclass(frozen=True)
+class Single(Strategy):
+    """Every step is one objective: `dpo`, `reward_model`, `distill` or any other.
+
+    With an objective that rolls out (`ppo`, `online_dpo`) a step is a rollout and the updates made of it, else one
+    update. `HybridTrainer.train(epochs)` makes it as long as so many passes over the objective's data take.
+    """
+
+    objective: str = "sft"
+    steps: int = 100
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, math.inf, "steps")
+        objective_class(self.objective)
+
+    @property
+    def num_steps(self) -> int:
+        return self.steps
+
+    @property
+    def objectives(self) -> set[str]:
+        return {self.objective}
+
+    def for_epochs(self, epochs: float, sft_steps_per_epoch: int, ppo_steps_per_epoch: int) -> "Single":
+        each = ppo_steps_per_epoch if self.rolls_out else sft_steps_per_epoch
+        return replace(self, steps=math.ceil(epochs * each))
+
+    def plan(self, step: int, metrics: Mapping[str, float]) -> Plan | None:
+        return Plan(step, {self.objective: 1.0}) if step < self.steps else None

@@ -92,6 +92,11 @@ class Plan:
         return any(objective_class(name).rolls_out for name in self.coefs)
 
     @property
+    def needs_reward(self) -> bool:
+        """Whether the responses that it learns from have to be scored."""
+        return any(objective_class(name).rolls_out and objective_class(name).needs_reward for name in self.coefs)
+
+    @property
     def kind(self) -> Kind:
         """What the step is called. An objective with coefficient 0 is not computed at all: the step is then bit for bit
         one without it."""
@@ -133,6 +138,11 @@ class Strategy(ABC):
     def rolls_out(self) -> bool:
         """Whether any of its steps may begin with a rollout."""
         return any(objective_class(name).rolls_out for name in self.objectives)
+
+    @property
+    def needs_reward(self) -> bool:
+        """Whether any of its steps needs responses with scores."""
+        return any(objective_class(name).rolls_out and objective_class(name).needs_reward for name in self.objectives)
 
     @abstractmethod
     def for_epochs(self, epochs: float, sft_steps_per_epoch: int, ppo_steps_per_epoch: int) -> "Strategy":

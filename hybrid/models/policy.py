@@ -174,17 +174,24 @@ class Policy(nn.Module):
         rows, columns = torch.arange(len(input_ids), device=hidden.device), last_token(attention_mask)
         return self.reward_head(hidden[rows, columns])
 
-    def batch_logprob(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def batch_logprob(self, batch: Batch, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """(log-prob of every label from the token before it, whether it is trained), each (B, T-1), of packed rows too.
 
         Column t is of token t + 1; the log-prob is 0 where it is not trained. Sum both over a batch's parts and divide
         by the whole's `num_tokens`.
         """
         hidden = self.backbone(batch.input_ids, batch.attention_mask, batch.position_ids)
-        trained = batch.labels[:, 1:] != IGNORE
-        stats = response_stats(self.backbone, hidden, batch.labels, trained)
-        assert stats.logprob is not None
-        return stats.logprob, trained
+        return label_logprob(self.backbone, hidden, batch, temperature=temperature)
+
+
+def label_logprob(
+    backbone: Backbone, hidden: Tensor, batch: Batch, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """See `Policy.batch_logprob`; hidden: (B, T, D) of the batch's rows."""
+    trained = batch.labels[:, 1:] != IGNORE
+    stats = response_stats(backbone, hidden, batch.labels, trained, temperature=temperature)
+    assert stats.logprob is not None
+    return stats.logprob, trained
 
 
 def response_stats(

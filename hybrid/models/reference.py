@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybrid.core import InputError
+from hybrid.core import Batch, InputError
 from hybrid.fused import TokenStats
 from hybrid.models.adapt import four_bit_options, is_adapted, without_adapter
 from hybrid.models.backbone import Backbone
-from hybrid.models.policy import Policy, response_stats
+from hybrid.models.policy import Policy, label_logprob, response_stats
 
 __all__ = ["Reference"]
 
@@ -63,11 +63,20 @@ class Reference:
         return cls(Backbone.from_pretrained(name_or_path, **options), **kwargs)
 
     @torch.no_grad()
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Hidden states (B, P+T, D), on the reference's device."""
         device = self.backbone.device
+        position_ids = None if position_ids is None else position_ids.to(device)
         with without_adapter(self.backbone) if self.shared else nullcontext():
-            return self.backbone(input_ids.to(device), attention_mask.to(device))
+            return self.backbone(input_ids.to(device), attention_mask.to(device), position_ids)
+
+    @torch.no_grad()
+    def batch_logprob(self, batch: Batch, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """As `Policy.batch_logprob`, on the batch's device."""
+        there = batch.to(self.backbone.device)
+        hidden = self.hidden(there.input_ids, there.attention_mask, there.position_ids)
+        logprob, trained = label_logprob(self.backbone, hidden, there, temperature=temperature)
+        return logprob.to(batch.labels.device), trained.to(batch.labels.device)
 
     @torch.no_grad()
     def response_logprob(self, hidden: Tensor, input_ids: Tensor, mask: Tensor, *, temperature: float = 1.0) -> Tensor:

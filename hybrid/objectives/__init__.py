@@ -1,8 +1,12 @@
 """Objectives: each says where its rows come from and what their loss is; and the one update that adds them up."""
 
 from hybrid.objectives.accumulate import Loss, Term, accumulate
-from hybrid.objectives.advantages import check_groups, minibatches, rollout_metrics, with_advantages
+from hybrid.objectives.advantages import check_groups, minibatches, rollout_metrics, shares, with_advantages
+from hybrid.objectives.distill import Distill, DistillData
+from hybrid.objectives.dpo import DPO
+from hybrid.objectives.kto import KTO
 from hybrid.objectives.objective import (
+    Measures,
     Objective,
     Objectives,
     Parts,
@@ -13,28 +17,41 @@ from hybrid.objectives.objective import (
     objective_names,
     register_objective,
 )
+from hybrid.objectives.online import RAFT, OnlineDPO
+from hybrid.objectives.pair_measures import expected_calibration_error, pair_measures
 from hybrid.objectives.ppo import PPO, Divisors, ppo_batch_loss
 from hybrid.objectives.ppo_config import Advantage, PPOConfig
 from hybrid.objectives.precision import Precision, autocast, grad_scaler
+from hybrid.objectives.preference_config import PreferencesConfig
 from hybrid.objectives.ptx import PTX
+from hybrid.objectives.reward_model import RewardModelObjective
 from hybrid.objectives.sft import SFT, SFTConfig, sft_batch_loss
 from hybrid.objectives.texts import texts_of
 from hybrid.objectives.update import GradientConfig, over_updates, scaled_lr, update
 from hybrid.objectives.updater import Updater
 
 __all__ = [
+    "DPO",
+    "KTO",
     "PPO",
     "PTX",
+    "RAFT",
     "SFT",
     "Advantage",
+    "Distill",
+    "DistillData",
     "Divisors",
     "GradientConfig",
     "Loss",
+    "Measures",
     "Objective",
     "Objectives",
+    "OnlineDPO",
     "PPOConfig",
     "Parts",
     "Precision",
+    "PreferencesConfig",
+    "RewardModelObjective",
     "SFTConfig",
     "Term",
     "Updater",
@@ -42,6 +59,7 @@ __all__ = [
     "autocast",
     "check_groups",
     "check_objectives",
+    "expected_calibration_error",
     "grad_scaler",
     "log_names",
     "make_objective",
@@ -49,11 +67,13 @@ __all__ = [
     "objective_class",
     "objective_names",
     "over_updates",
+    "pair_measures",
     "ppo_batch_loss",
     "register_objective",
     "rollout_metrics",
     "scaled_lr",
     "sft_batch_loss",
+    "shares",
     "texts_of",
     "update",
     "with_advantages",

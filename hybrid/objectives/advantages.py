@@ -1,6 +1,7 @@
 """What PPO learns from a rollout: its advantages, its minibatches, and what there is to say of it."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,7 +20,7 @@ from hybrid.functional import (
 from hybrid.fused import gae
 from hybrid.objectives.ppo_config import PPOConfig
 
-__all__ = ["check_groups", "minibatches", "rollout_metrics", "with_advantages"]
+__all__ = ["check_groups", "minibatches", "rollout_metrics", "shares", "with_advantages"]
 
 
 def with_advantages(rollout: Rollout, config: PPOConfig) -> Rollout:
@@ -76,6 +77,25 @@ def minibatches(num_rows: int, config: PPOConfig, generator: torch.Generator | N
     for epoch in range(config.epochs if num_rows else 0):
         order = torch.arange(num_rows) if epoch == 0 else torch.randperm(num_rows, generator=generator)
         yield from order.split(config.minibatch_size)
+
+
+def shares(
+    sizes: Mapping[str, int], num_rows: int, config: PPOConfig, generator: torch.Generator | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """What each objective that rolls out learns from in each update: indices into what it has of the rollout, by name.
+
+    sizes: how much each has.   num_rows: the rollout's rows, whose minibatches say how many updates there are.
+    Those that have all rows share the minibatches; of others each epoch goes into as many parts as there are of them.
+    """
+    count = math.ceil(num_rows / config.minibatch_size)
+    parts: dict[str, Sequence[Tensor]] = {}
+    for number, picked in enumerate(minibatches(num_rows, config, generator)):
+        epoch, part = divmod(number, count)
+        for name, size in sizes.items() if part == 0 else ():
+            if size != num_rows:
+                order = torch.arange(size) if epoch == 0 else torch.randperm(size, generator=generator)
+                parts[name] = order.tensor_split(count)
+        yield {name: parts[name][part] if name in parts else picked for name in sizes}
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:

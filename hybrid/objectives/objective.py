@@ -6,15 +6,30 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, ClassVar, Generic, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, cast
 
-from hybrid.core import Batch, Encoded, InputError, Record, Registry, build, parameters_of, unknown_name
-from hybrid.data import Loader
+from hybrid.core import (
+    Batch,
+    Encoded,
+    InputError,
+    Labelled,
+    Pairs,
+    Record,
+    Registry,
+    Rollout,
+    build,
+    check_settings,
+    parameters_of,
+    unknown_name,
+)
+from hybrid.data import AnswerLoader, Loader, PairLoader
 from hybrid.functional import AdaptiveKL, FixedKL
 from hybrid.models import Policy, Reference
 from hybrid.objectives.accumulate import Loss, Term
 
 __all__ = [
+    "Measures",
     "Objective",
     "Objectives",
     "Parts",
@@ -34,6 +49,7 @@ class Parts(Protocol):
     references: list[Reference]
     kl: FixedKL | AdaptiveKL
     tokenizer: Any
+    folder: Path | None  # the run's, where what was computed once may be kept
 
     @property
     def loader(self) -> Loader:
@@ -43,14 +59,35 @@ class Parts(Protocol):
     def ptx_loader(self) -> Loader:
         """Endless batches of the second data set."""
 
+    @property
+    def pair_loader(self) -> PairLoader:
+        """Endless batches of pairs of answers."""
+
+    @property
+    def answer_loader(self) -> AnswerLoader:
+        """Endless batches of good and bad answers."""
+
     def batch(self, rows: Batch | Iterable[Any]) -> Batch:
         """A batch, on the policy's device, of whatever the user calls rows."""
+
+    def pairs(self, rows: Pairs | Iterable[Any]) -> Pairs:
+        """The same, of pairs."""
+
+    def answers(self, rows: Labelled | Iterable[Any]) -> Labelled:
+        """The same, of good and bad answers."""
 
     def batches_of(self, examples: Sequence[Encoded]) -> list[Batch]:
         """These examples in batches of a supervised step's size."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Computation in `model.precision`."""
+
+
+class Measures(NamedTuple):
+    """What an objective finds on held-out examples: numbers by name, and a row each for `samples.jsonl`."""
+
+    metrics: dict[str, float]
+    rows: list[dict[str, Any]]
 
 
 class Objective(ABC, Generic[Record]):
@@ -68,6 +105,8 @@ class Objective(ABC, Generic[Record]):
 
     label: ClassVar[str] = ""  # the name in logs; "": the one it is registered by
     rolls_out: ClassVar[bool] = False  # whether its rows are minibatches of the step's rollout
+    needs_reward: ClassVar[bool] = True  # of one that rolls out, whether the responses have to be scored
+    needs_reward_head: ClassVar[bool] = False  # whether the policy has to have one
     dropout: ClassVar[bool] = True  # whether the policy is in training mode
     lr_factor: float = 1.0  # see `Term`
     microbatch_size: int | None = None  # see `Term`
@@ -84,6 +123,20 @@ class Objective(ABC, Generic[Record]):
         """
         raise InputError(f"objective {self.name!r} has no rows of its own: it needs a rollout")
 
+    def rows_of(self, given: Any) -> Record:
+        """An update's rows on the policy's device, of whatever the user calls rows."""
+        rows: Any = self.parts.batch(given)
+        return cast(Record, rows)
+
+    def learnt(self, rollout: Rollout) -> Record:
+        """What it learns from of the step's rollout; its minibatches are parts of that."""
+        rows: Any = rollout
+        return cast(Record, rows)
+
+    @classmethod
+    def check_settings(cls, **settings: Any) -> None:
+        """Refuse (InputError, ValueError) values in the config's `objectives.NAME`, before a model is loaded."""
+
     def check(self) -> None:
         """Refuse (InputError), before a run's first step, what it could not learn from: examples without a target."""
         source = None if self.rolls_out else self.rows()
@@ -92,6 +145,10 @@ class Objective(ABC, Generic[Record]):
                 f"this mixture learns from targets, and none of the {len(source.examples)} examples of objective "
                 f"{self.name!r} has one; name their column, or leave the objective out of mixing"
             )
+
+    def evaluate(self, examples: Sequence[Encoded], batch_size: int) -> Measures:
+        """Its own measures of held-out examples; of most objectives there are none."""
+        return Measures({}, [])
 
     @abstractmethod
     def loss_of(self, whole: Record) -> Callable[[Record], Loss]:
@@ -231,3 +288,10 @@ def check_objectives(settings: Mapping[str, Any], sections: Collection[str]) -> 
             if key not in known:
                 raise unknown_name(f"setting of objective {name!r}: objectives.{name}.", str(key), known)
         _term_settings(name, own)
+        factory, path = _objectives[name], f"objectives.{name}"
+        values = {key: value for key, value in own.items() if key in own_names}
+        check_settings(factory, values, what=f"objective {name!r}", path=path)
+        try:
+            factory.check_settings(**values)
+        except ValueError as error:
+            raise InputError(f"config: {path}: {error}") from error

@@ -2,16 +2,19 @@
 
 from typing import Any
 
-from hybrid.core import IGNORE, Batch, Rollout
+from hybrid.core import IGNORE, Batch, Labelled, Pairs, Rollout, Rows
 
 __all__ = ["texts_of"]
 
 
-def texts_of(rows: Batch | Rollout, tokenizer: Any) -> list[dict[str, Any]]:
+def texts_of(rows: Rows, tokenizer: Any) -> list[dict[str, Any]]:
     """A row each for `samples.jsonl`, decoded with its special tokens: what the model was given.
 
-    A supervised row has a target and no response; of packed examples it holds several.
+    A supervised row has a target and no response; of packed examples it holds several. Of pairs it is either side.
     """
+    if isinstance(rows, (Pairs, Labelled)):
+        rows = rows.sides if isinstance(rows, Pairs) else rows.answers
+    assert isinstance(rows, (Batch, Rollout))
     found = []
     for i, ids in enumerate(rows.input_ids):
         seen = rows.attention_mask[i].bool()

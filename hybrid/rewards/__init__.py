@@ -1,6 +1,6 @@
 """Rewards: from a spec to a checked score for each response."""
 
-from hybrid.rewards.base import AllSkipped, Handling, Reward, RewardError, RewardTimeout, register_reward
+from hybrid.rewards.base import AllSkipped, Handling, Reward, RewardError, RewardTimeout, Unjudged, register_reward
 from hybrid.rewards.factory import RewardType, json_spec, known_rewards, make_reward
 from hybrid.rewards.listing import reward_listing, reward_markdown
 from hybrid.rewards.output import Part, RewardOutput
@@ -17,6 +17,7 @@ __all__ = [
     "RewardTimeout",
     "RewardType",
     "Samples",
+    "Unjudged",
     "json_spec",
     "known_rewards",
     "make_reward",

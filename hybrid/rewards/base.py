@@ -21,6 +21,7 @@ __all__ = [
     "RewardError",
     "RewardTimeout",
     "Row",
+    "Unjudged",
     "canonical",
     "register_reward",
     "rewards",
@@ -336,6 +337,13 @@ class Reward:
         failure = kind(f"reward {self.component_name!r} failed on {where}: {said}")
         failure.__cause__ = error
         return failure
+
+
+class Unjudged(Reward):
+    """Stands in where responses are wanted and nobody asks what they are worth: every score is 0."""
+
+    def _score_one(self, response: str, target: Any, prompt: str, item: Any) -> float:
+        return 0.0
 
 
 def register_reward(name: str, *aliases: str) -> Callable[[F], F]:
