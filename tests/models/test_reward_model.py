@@ -156,8 +156,8 @@ def test_a_pad_token_that_texts_hold_is_replaced(tokenizer, tmp_path, kind):
 
 
 def test_a_tokenizer_that_pads_on_the_left_pads_on_the_right_there(tokenizer, tmp_path):
-    own = copy.deepcopy(tokenizer)
-    own.padding_side = "left"
+    tokenizer.save_pretrained(tmp_path / "own")
+    own = AutoTokenizer.from_pretrained(tmp_path / "own", padding_side="left")
     policy = scored_policy("gpt2")
     texts = saved(policy, tmp_path / "out", own)
     ours = scores_of(policy, rows_of(tokenizer))
