@@ -26,7 +26,7 @@ from hybrid.objectives import (
     with_advantages,
 )
 from hybrid.optim import make_optimizer, make_scheduler, register_optimizer, register_scheduler
-from hybrid.rewards import Reward, RewardError, make_reward, register_reward
+from hybrid.rewards import Reward, RewardError, RewardModel, make_reward, register_reward
 from hybrid.rollout import KLConfig, SamplingConfig, ScoreConfig, collect
 from hybrid.trainer import HybridTrainer
 
@@ -53,6 +53,7 @@ __all__ = [
     "ReferenceConfig",
     "Reward",
     "RewardError",
+    "RewardModel",
     "Rollout",
     "RunConfig",
     "RunStopped",

@@ -15,6 +15,8 @@ from hybrid.models.policy import (
 )
 from hybrid.models.recompute import recompute_activations
 from hybrid.models.reference import Reference
+from hybrid.models.reward_model import save_reward_model
+from hybrid.models.reward_template import template_of
 from hybrid.models.shadow import Shadow
 
 __all__ = [
@@ -38,6 +40,8 @@ __all__ = [
     "recompute_activations",
     "require",
     "response_stats",
+    "save_reward_model",
     "takes_fixed_cache",
+    "template_of",
     "under_adapter",
 ]

@@ -5,6 +5,7 @@ from hybrid.rewards.factory import RewardType, json_spec, known_rewards, make_re
 from hybrid.rewards.listing import reward_listing, reward_markdown
 from hybrid.rewards.output import Part, RewardOutput
 from hybrid.rewards.samples import Samples
+from hybrid.rewards.scalar_model import RewardModel
 from hybrid.rewards.schema import reward_schema
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Part",
     "Reward",
     "RewardError",
+    "RewardModel",
     "RewardOutput",
     "RewardTimeout",
     "RewardType",
