@@ -51,6 +51,7 @@ class Corpus:
     tokenizer: Any
     config: DataConfig
     prompt_template: str  # how a bare prompt is encoded: as the training data's prompts are
+    preference_config: DataConfig  # how the preferences were encoded, with the template that they really went through
     lines: tuple[str, ...] = ()  # for the user, before training: what was taken from which data
 
     @cached_property
@@ -154,7 +155,8 @@ def encoded_corpus(config: HybridConfig, tokenizer: Any, sets: ExampleSets, *, c
         own_preference_eval=preference_eval,
         tokenizer=tokenizer,
         config=config.data,
-        prompt_template=_prompt_template([*sets.train.examples, *sets.eval.examples], config.data),
+        prompt_template=(template := _prompt_template([*sets.train.examples, *sets.eval.examples], config.data)),
+        preference_config=_preference_config(config, sets.preferences.examples, template),
         lines=tuple(lines),
     )
     for example in [*corpus.train, *corpus.eval]:
@@ -167,6 +169,12 @@ def encoded_corpus(config: HybridConfig, tokenizer: Any, sets: ExampleSets, *, c
                 f"set data.max_length to {context} or less. The example: {example.prompt[:60]!r}"
             )
     return corpus
+
+
+def _preference_config(config: HybridConfig, own: Sequence[Example], template: str) -> DataConfig:
+    if own:
+        return replace(config.preference_data, template=_prompt_template(own, config.preference_data))
+    return replace(config.data, template=template)
 
 
 def _prompt_template(examples: Sequence[Example], config: DataConfig) -> str:

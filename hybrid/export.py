@@ -10,7 +10,7 @@ from hybrid.config import HybridConfig
 from hybrid.core import InputError
 from hybrid.data import prompt_text
 from hybrid.learner import Learner
-from hybrid.models import VALUE_HEAD_FILE, Policy
+from hybrid.models import VALUE_HEAD_FILE, Policy, save_reward_model, template_of
 from hybrid.resume import trained_config
 from hybrid.run import CHECKPOINTS, CONFIG, EXPORT, Checkpoints, Summary, disk_errors, filled_folder, summary
 from hybrid.run.report import rows_of
@@ -19,6 +19,7 @@ from hybrid.setup import build_policy, load_tokenizer
 __all__ = ["export", "export_policy", "export_run", "model_card"]
 
 CARD = "README.md"
+REWARD_MODEL = "reward_model"  # the folder in a run's
 PACKAGES = ("hybrid-trainer", "torch", "transformers", "peft", "bitsandbytes")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.\[\]%-]+)?")
 
@@ -32,31 +33,53 @@ def export(run: str | Path, folder: str | Path, *, checkpoint: str | None = None
     run, folder = Path(run), Path(folder)
     if not (run / CONFIG).is_file():
         raise InputError(f"{str(run)!r} holds no run: it has no {CONFIG}")
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if there and not {CARD, VALUE_HEAD_FILE} <= there:
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if held and not {CARD, VALUE_HEAD_FILE} <= held:
         raise InputError(f"cannot export to {str(folder)!r}: it holds something else; name a new folder")
     if checkpoint is None:
         if not (run / EXPORT).is_dir():
             raise InputError(f"{str(run)!r} has exported nothing yet; export a checkpoint with --checkpoint newest")
         if not any((run / EXPORT).glob("model*.safetensors")):
             raise InputError(f"{str(run / EXPORT)!r} has no weights; export a checkpoint with --checkpoint newest")
-        with filled_folder(folder, stale=("model*.safetensors*",)) as temporary:
-            shutil.copytree(run / EXPORT, temporary, dirs_exist_ok=True)
+        for source, there in ((run / EXPORT, folder), (run / REWARD_MODEL, folder / REWARD_MODEL)):
+            if source.is_dir():
+                with filled_folder(there, stale=("model*.safetensors*",)) as temporary:
+                    shutil.copytree(source, temporary, dirs_exist_ok=True)
         return folder
     source = _checkpoint(run, checkpoint)
-    step = Checkpoints.verify(source)["step"]
-    card = model_card(run, HybridConfig.from_file(run / CONFIG), step=step)
+    step, of_run = Checkpoints.verify(source)["step"], HybridConfig.from_file(run / CONFIG)
+    card = model_card(run, of_run, step=step)
     model = trained_config(source).model
     assert model.name is not None
-    export_policy(build_policy(model.name, model), load_tokenizer(model.name), folder, card=card)
+    policy, tokenizer = build_policy(model.name, model), load_tokenizer(model.name)
+    export_policy(policy, tokenizer, folder, card=card)
+    if policy.reward_head is not None:
+        own = of_run.data if of_run.preference_data.train is None else of_run.preference_data
+        template = template_of(own, tokenizer)
+        save_reward_model(policy, folder / REWARD_MODEL, tokenizer=tokenizer, chat_template=template)
     return folder
 
 
 def export_run(learner: Learner) -> None:
-    """Write the model of a run that goes on, or ends, to the folder `export` in its own."""
+    """Write the model of a run that goes on, or ends, to `export` in its folder; a reward head's to `reward_model`."""
     assert learner.folder is not None
     card = model_card(learner.folder, learner.config, step=learner.num_steps)
     export_policy(learner.policy, learner.tokenizer, learner.folder / EXPORT, card=card)
+    if learner.reward_template is not None:
+        export_reward_model(learner, learner.folder / REWARD_MODEL)
+
+
+def export_reward_model(learner: Learner, folder: Path) -> None:
+    """Write trunk and reward head as a sequence classifier, with the mean and deviation of held-out scores."""
+    found = learner.objectives["reward_model"].evaluate(
+        learner.corpus.held_out_preferences[: learner.config.eval.num_examples], learner.config.eval.batch_size
+    )
+    names = {"reward_mean": "score_mean", "reward_std": "score_std"}
+    assert learner.reward_template is not None
+    save_reward_model(
+        learner.policy, folder, tokenizer=learner.tokenizer, chat_template=learner.reward_template,
+        statistics={name: found.metrics[of] for name, of in names.items() if of in found.metrics},
+    )  # fmt: skip
 
 
 def export_policy(policy: Policy, tokenizer: Any, folder: str | Path, *, card: str) -> None:

@@ -17,7 +17,7 @@ from hybrid.corpus import encoded_corpus
 from hybrid.evaluate import evaluate
 from hybrid.functional import PreferenceKind
 from hybrid.mixing import Plan, Strategy, make_strategy
-from hybrid.models import Policy
+from hybrid.models import Policy, template_of
 from hybrid.objectives import (
     Objectives,
     Term,
@@ -114,12 +114,18 @@ class Learner(Supply):
         self.tokenizer = load_tokenizer(source, tokenizer)
         self.corpus = encoded_corpus(config, self.tokenizer, examples, context=context)
         # A bare prompt goes through the template that the data's prompts went through, in later commands too.
-        self.config = replace(config, data=replace(config.data, template=self.corpus.prompt_template))
+        config = replace(config, data=replace(config.data, template=self.corpus.prompt_template))
+        if self.corpus.has_own_preferences:
+            config = replace(config, preference_data=self.corpus.preference_config)
+        self.config = config
+        wants = [objective_class(name) for name in {*self.strategy.objectives, *config.objectives}]
+        scores = any(objective.needs_reward_head for objective in wants)
+        self.reward_template = template_of(self.corpus.preference_config, self.tokenizer) if scores else None
         for other in config.references:
             if other.model is not None and reference is None:
                 model_context(other.model)
         self.policy, self.references = build_models(source, reference, config, self.tokenizer)
-        if any(objective_class(name).needs_reward_head for name in {*self.strategy.objectives, *config.objectives}):
+        if scores:
             self.policy.add_reward_head()
         if self.reward is not None:
             self.reward.setup(self.policy.device)

@@ -222,8 +222,10 @@ class _Loop:
         now = time.perf_counter()
         clock = {"seconds": now - began, "elapsed": now - self.began}
         called, alone = log_names(plan.coefs), len(plan.coefs) == 1
-        # A rollout says its reward and KL instead.
-        beside = {called[name]: coef for name, coef in plan.coefs.items() if not objective_class(name).rolls_out}
+        # What learns from scores says these and the KL instead.
+        kinds = {name: objective_class(name) for name in plan.coefs}
+        judged = {name for name, kind in kinds.items() if kind.rolls_out and kind.needs_reward}
+        beside = {called[name]: coef for name, coef in plan.coefs.items() if name not in judged}
         if not alone:
             metrics |= {f"{name}_coef": coef for name, coef in beside.items()}
         head = {"step": learner.num_steps, "phase": plan.kind, "cycle": plan.cycle, **clock}

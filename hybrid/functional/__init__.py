@@ -4,6 +4,7 @@ float64 in gives float64 out, everything else float32 out. `B` sequences, `T` to
 """
 
 from hybrid.functional.advantage import gae, group_advantage, leave_one_out_advantage
+from hybrid.functional.divergence import DivergenceKind, linear_divergence
 from hybrid.functional.kl import AdaptiveKL, FixedKL, kl_estimate
 from hybrid.functional.linear_logprob import linear_logprob
 from hybrid.functional.logprob import TokenStats, entropy, full_kl, soft_capped, token_logprob, token_stats
@@ -21,26 +22,42 @@ from hybrid.functional.ppo import (
     value_loss,
 )
 from hybrid.functional.precision import autocast_dtype, rounded_operands
+from hybrid.functional.preference import (
+    PER_TOKEN,
+    REFERENCE_FREE,
+    PreferenceKind,
+    bradley_terry_loss,
+    dpo_loss,
+    kto_loss,
+)
 from hybrid.functional.sft import TokenWeight, sft_loss
 
 __all__ = [
+    "PER_TOKEN",
+    "REFERENCE_FREE",
     "AdaptiveKL",
     "Aggregation",
+    "DivergenceKind",
     "FixedKL",
     "ImportanceLevel",
     "ImportanceMode",
+    "PreferenceKind",
     "Surrogate",
     "TokenStats",
     "TokenWeight",
     "aggregate",
     "autocast_dtype",
+    "bradley_terry_loss",
+    "dpo_loss",
     "entropy",
     "full_kl",
     "gae",
     "group_advantage",
     "importance_weight",
     "kl_estimate",
+    "kto_loss",
     "leave_one_out_advantage",
+    "linear_divergence",
     "linear_logprob",
     "loss_divisor",
     "masked_mean",
