@@ -244,7 +244,6 @@ class Learner(Supply):
             raise InputError(
                 f"kind is an objective's name; for that loss set objectives.dpo.kind={kind} with kind 'dpo'"
             )
-        self.objectives[kind].check()
         return self.batch_step({kind: 1.0}, {kind: pairs})
 
     def ppo_step(self, rollout: Rollout) -> Metrics:

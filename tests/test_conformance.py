@@ -24,7 +24,7 @@ from hybrid.core import IGNORE, Batch
 from hybrid.data import pack
 from hybrid.evaluate import EvalConfig
 from hybrid.mixing import Plan, make_strategy, strategy_names
-from hybrid.objectives import objective_class, objective_names, with_advantages
+from hybrid.objectives import PreferencesConfig, objective_class, objective_names
 from hybrid.run import CheckpointConfig, read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +32,10 @@ STRATEGIES = strategy_names()
 every_strategy = pytest.mark.parametrize("name", STRATEGIES)
 every_objective = pytest.mark.parametrize("name", objective_names())
 ROWS = [{"prompt": f"the w{i} w{i + 1}", "target": f"was good w{i} w{i + 1} w{i + 2}"} for i in range(8)]
+PAIRS = [
+    {"prompt": f"the w{i} w{i + 1}", "chosen": f"was good w{i} w{i + 3}", "rejected": f"was bad w{i + 2}"}
+    for i in range(8)
+]
 PTX = [{"text": f"it is a w{i} and a fine w{i + 2} w{i + 3}"} for i in range(6)]
 
 
@@ -40,11 +44,13 @@ def score(response):
     return float("1" in response)
 
 
-def trainer_of(name, tokenizer, folder=None, *, epochs=2.0, resume=False, **sections):
+def trainer_of(name, tokenizer, folder=None, *, epochs=2.0, resume=False, reward=score, **sections):
     """A trainer with a short run of the strategy, on a tiny model that is always the same."""
     config = HybridConfig(
         data=DataConfig(template="none"),
         ptx_data=DataConfig(text="text"),
+        preference_data=DataConfig(template="none"),
+        preferences=PreferencesConfig(batch_size=3),
         sampling=SamplingConfig(max_new_tokens=6),
         sft=SFTConfig(batch_size=3),
         ppo=PPOConfig(batch_size=4, minibatch_size=2, epochs=2),
@@ -55,7 +61,7 @@ def trainer_of(name, tokenizer, folder=None, *, epochs=2.0, resume=False, **sect
     )
     given = {
         "policy_or_name": Policy(tiny_model("llama", seed=1)), "tokenizer": tokenizer, "train_data": ROWS,
-        "ptx_data": PTX, "reward": score,
+        "ptx_data": PTX, "preference_data": PAIRS, "reward": reward,
     }  # fmt: skip
     if resume:
         return HybridTrainer.resume(folder, **given)
@@ -249,10 +255,34 @@ def test_prompts_and_padding_are_never_learnt_by_imitation(name, tokenizer):
 # Objectives
 
 
+def trainer_for(name, tokenizer, folder=None, *, steps=None, settings=None, **options):
+    """A trainer that objective `name` can learn in: with two responses to a prompt, of unlike scores, and its heads.
+
+    steps: of a run of it alone.   settings: its own.
+    """
+    options.setdefault("ppo", PPOConfig(batch_size=4, minibatch_size=4, epochs=2, samples_per_prompt=2))
+    mixing = {} if steps is None else {"mixing": {"strategy": "objective", "objective": name, "steps": steps}}
+    objectives = {name: settings or {}} if own(name) else {}
+    trainer = trainer_of("alternate", tokenizer, folder, reward=unlike, objectives=objectives, **mixing, **options)
+    if steps is not None and not options.get("resume"):
+        trainer.strategy = make_strategy(mixing["mixing"])
+    return trainer
+
+
+def unlike(response):
+    """Another score for nearly every other response."""
+    return sum(map(ord, response)) % 101 / 100
+
+
+def own(name):
+    """Whether the objective has its settings in the config's `objectives`."""
+    return name not in vars(HybridConfig())
+
+
 def rows_of(name, trainer):
     """Rows that the objective may learn from: its own, or a rollout's."""
     if objective_class(name).rolls_out:
-        return with_advantages(trainer.rollout(next(trainer.prompts)), trainer.config.ppo)
+        return trainer.objectives[name].learnt(trainer.rollout(next(trainer.prompts)))
     return trainer.objectives.next_rows([name])[name]
 
 
@@ -269,7 +299,7 @@ def gradient(trainer, *terms):
 
 @every_objective
 def test_the_losses_of_parts_add_up_to_that_of_the_whole(name, tokenizer):
-    trainer = trainer_of("alternate", tokenizer)
+    trainer = trainer_for(name, tokenizer)
     term = trainer.objectives[name].term(rows_of(name, trainer))
     whole, _ = term.loss_of(term.rows)
     parts = [term.loss_of(term.rows[i : i + 1])[0] for i in range(len(term.rows))]
@@ -278,7 +308,7 @@ def test_the_losses_of_parts_add_up_to_that_of_the_whole(name, tokenizer):
 
 @every_objective
 def test_packed_rows_have_the_loss_of_the_same_examples_one_a_row(name, tokenizer):
-    trainer = trainer_of("alternate", tokenizer)
+    trainer = trainer_for(name, tokenizer)
     rows = rows_of(name, trainer)
     if not isinstance(rows, Batch):
         return
@@ -290,7 +320,7 @@ def test_packed_rows_have_the_loss_of_the_same_examples_one_a_row(name, tokenize
 
 @every_objective
 def test_a_term_names_its_objective_and_carries_its_coefficient(name, tokenizer):
-    trainer = trainer_of("alternate", tokenizer)
+    trainer = trainer_for(name, tokenizer)
     objective = trainer.objectives[name]
     term = objective.term(rows_of(name, trainer), 0.25)
     assert term.name in (name, objective.label)
@@ -300,7 +330,7 @@ def test_a_term_names_its_objective_and_carries_its_coefficient(name, tokenizer)
 @every_objective
 @pytest.mark.parametrize("other", ["sft", "ppo"])
 def test_the_gradient_of_a_sum_is_the_sum_of_the_gradients(name, other, tokenizer):
-    trainer = trainer_of("alternate", tokenizer)
+    trainer = trainer_for(name, tokenizer)
     one, another = ((trainer.objectives[each], rows_of(each, trainer)) for each in (name, other))
     terms = [one[0].term(one[1], 0.3), another[0].term(another[1], 0.7)]
     apart = gradient(trainer, terms[0]) + gradient(trainer, terms[1])
@@ -309,9 +339,7 @@ def test_the_gradient_of_a_sum_is_the_sum_of_the_gradients(name, other, tokenize
 
 @every_objective
 def test_a_run_of_it_alone_learns_and_says_its_loss(name, tokenizer, tmp_path):
-    mixing = {"strategy": "blend", "coefs": {name: 1.0}, "steps": 2}
-    trainer = trainer_of("blend", tokenizer, tmp_path / "run", mixing=mixing)
-    trainer.strategy = make_strategy(mixing)
+    trainer = trainer_for(name, tokenizer, tmp_path / "run", steps=2)
     before = weights(trainer).clone()
     trainer.train()
     assert torch.isfinite(weights(trainer)).all() and not torch.equal(weights(trainer), before)
@@ -321,8 +349,34 @@ def test_a_run_of_it_alone_learns_and_says_its_loss(name, tokenizer, tmp_path):
 
 
 @every_objective
+def test_a_run_of_it_that_died_goes_on_with_the_same_steps(name, tokenizer, tmp_path):
+    whole = trainer_for(name, tokenizer, tmp_path / "whole", steps=4)
+    whole.train()
+    crash(trainer_for(name, tokenizer, tmp_path / "part", steps=4), 3)
+    resumed = trainer_for(name, tokenizer, tmp_path / "part", steps=4, resume=True)
+    assert resumed.num_steps == 2
+    resumed.train()
+    assert torch.equal(weights(resumed), weights(whole))
+    assert logged_rows(tmp_path / "part") == logged_rows(tmp_path / "whole")
+
+
+@every_objective
+def test_microbatches_of_it_change_nothing(name, tokenizer):
+    if not own(name):
+        return  # the strategies' tests have those
+    runs = []
+    for size in (None, 1):
+        # SGD is linear in the gradient: a rounding difference stays one, which Adam's first steps blow up.
+        settings, optimizer = {"microbatch_size": size}, {"name": "sgd", "lr": 1e-2}
+        trainer = trainer_for(name, tokenizer, steps=2, settings=settings, optimizer=optimizer)
+        trainer.train()
+        runs.append(weights(trainer))
+    assert torch.allclose(*runs, atol=1e-5)
+
+
+@every_objective
 def test_beside_ppo_each_loss_and_coefficient_is_logged(name, tokenizer):
-    trainer = trainer_of("alternate", tokenizer)
+    trainer = trainer_for(name, tokenizer)
     if objective_class(name).rolls_out:
         return
     metrics = trainer.take(Plan(0, {"ppo": 1.0, name: 0.1}), trainer.rollout(next(trainer.prompts)))

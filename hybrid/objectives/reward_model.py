@@ -10,7 +10,7 @@ from torch import Tensor
 from hybrid.core import Encoded, InputError, Pairs
 from hybrid.data import collate_pairs
 from hybrid.functional import bradley_terry_loss
-from hybrid.objectives.accumulate import Loss
+from hybrid.objectives.accumulate import Loss, Term
 from hybrid.objectives.objective import Measures, Objective, Parts, register_objective
 from hybrid.objectives.pair_measures import expected_calibration_error, pair_measures
 from hybrid.objectives.preference_config import PreferencesConfig
@@ -40,19 +40,19 @@ class RewardModelObjective(Objective[Pairs]):
     def check_settings(cls, **settings: Any) -> None:
         bradley_terry_loss(torch.zeros(0), torch.zeros(0), center_coef=settings.get("center_coef", 0.0))
 
-    def check(self) -> None:
-        super().check()
-        if self.parts.policy.reward_head is None:
-            raise InputError(
-                f"objective {self.name!r} trains a reward head, and the policy has none: name it in the config's "
-                "mixing or objectives (objectives.reward_model={}), so that the optimizer has it"
-            )
-
     def rows(self) -> Iterator[Pairs]:
         return self.parts.pair_loader
 
     def rows_of(self, given: Any) -> Pairs:
         return self.parts.pairs(given)
+
+    def term(self, rows: Pairs, coef: float = 1.0) -> Term[Pairs]:
+        if self.parts.policy.reward_head is None:
+            raise InputError(
+                f"objective {self.name!r} trains a reward head, and the policy has none: name it in the config's "
+                f"mixing or objectives (objectives.{self.name}={{}}), so that the optimizer has it too"
+            )
+        return super().term(rows, coef)
 
     def loss_of(self, whole: Pairs) -> Callable[[Pairs], Loss]:
         return partial(self._loss, num_pairs=whole.num_pairs)

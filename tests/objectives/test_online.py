@@ -1,0 +1,113 @@
+"""Objectives online_dpo and raft: what they choose of a rollout, and what they learn of it."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from preference_trainer import PAIRS, trainer_on
+
+from hybrid import InputError, PPOConfig
+from hybrid.core import IGNORE
+from hybrid.objectives import shares
+from hybrid.objectives.online import batch_of, best_and_worst
+
+
+@pytest.fixture
+def trainer(tokenizer):
+    return trainer_on(tokenizer, reward=lambda response: float(len(response)))
+
+
+def scored(trainer, scores, group):
+    rollout = trainer.rollout(trainer.corpus.train[: max(group) + 1])
+    assert len(rollout) == len(scores)
+    return replace(rollout, score=torch.tensor(scores), group=torch.tensor(group))
+
+
+def test_the_best_stands_against_the_worst_and_ties_make_no_pair(trainer):
+    rollout = scored(trainer, [1.0, 3.0, 2.0, 2.0, 5.0, 4.0], [0, 0, 1, 1, 2, 2])
+    best, worst = best_and_worst(rollout)
+    assert (best.tolist(), worst.tolist()) == ([1, 4], [0, 5])
+
+
+def test_a_rollouts_rows_as_a_batch_train_the_responses_alone(trainer):
+    rollout = trainer.rollout(trainer.corpus.train[:3])
+    rows = torch.tensor([4, 0])
+    batch = batch_of(rollout, rows)
+    for i, row in enumerate(rows.tolist()):
+        trained = batch.labels[i][batch.labels[i] != IGNORE]
+        assert torch.equal(trained, rollout.input_ids[row, rollout.prompt_length :][rollout.mask[row]])
+    logprob, mask = trainer.policy.batch_logprob(batch, temperature=rollout.temperature)
+    assert torch.allclose(logprob[mask], rollout.old_logprob[rows][rollout.mask[rows]], atol=1e-5)
+
+
+def test_the_first_online_dpo_loss_is_log_2(trainer):
+    pairs = trainer.objectives["online_dpo"].learnt(scored(trainer, [1.0, 3.0, 2.0, 1.0], [0, 0, 1, 1]))
+    term = trainer.objectives["online_dpo"].term(pairs)
+    loss, metrics = term.loss_of(term.rows)
+    assert float(loss.detach()) == pytest.approx(math.log(2), abs=1e-5)
+    assert abs(float(metrics["margin_mean"])) < 1e-5
+
+
+def test_online_dpo_raises_the_best_above_the_worst(trainer):
+    rollout = scored(trainer, [1.0, 3.0, 2.0, 1.0, 1.0, 2.0], [0, 0, 1, 1, 2, 2])
+    for _ in range(6):
+        metrics = trainer.rollout_step(rollout, {"online_dpo": 1.0})
+    assert metrics["accuracy"] == 1.0
+
+
+def test_a_rollout_without_a_pair_is_no_update(trainer):
+    rollout = scored(trainer, [1.0, 1.0, 2.0, 2.0], [0, 0, 1, 1])
+    before = [p.clone() for p in trainer.policy.parameters()]
+    metrics = trainer.rollout_step(rollout, {"online_dpo": 1.0})
+    assert "loss" not in metrics and metrics["reward"] == 1.5
+    assert all(map(torch.equal, trainer.policy.parameters(), before))
+
+
+def test_raft_imitates_the_best(trainer):
+    rollout = scored(trainer, [1.0, 3.0, 2.0, 2.5], [0, 0, 1, 1])
+    chosen = trainer.objectives["raft"].learnt(rollout)
+    assert torch.equal(chosen.input_ids, rollout.input_ids[[1, 3]])
+    term = trainer.objectives["raft"].term(chosen)
+    loss, _ = term.loss_of(chosen)
+    expected = -rollout.old_logprob[[1, 3]].sum() / rollout.mask[[1, 3]].sum()
+    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_rest_imitates_what_is_good_enough(tokenizer):
+    trainer = trainer_on(
+        tokenizer, reward=lambda response: float(len(response)), objectives={"raft": {"best": 2, "above": 2.0}}
+    )
+    chosen = trainer.objectives["raft"].learnt(scored(trainer, [1.0, 3.0, 2.0, 2.5], [0, 0, 1, 1]))
+    assert sorted(chosen.score.tolist()) == [2.0, 2.5, 3.0]
+
+
+@pytest.mark.parametrize("name", ["online_dpo", "raft"])
+def test_one_response_to_a_prompt_is_refused(name, tokenizer):
+    trainer = trainer_on(
+        tokenizer, reward=lambda response: 0.0, ppo=PPOConfig(batch_size=3, minibatch_size=3),
+        mixing={"strategy": "objective", "objective": name, "steps": 1},
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"ppo\.samples_per_prompt"):
+        trainer.train()
+
+
+def test_objectives_of_one_rollout_share_its_minibatches():
+    config = PPOConfig(batch_size=6, minibatch_size=2, epochs=2)
+    found = list(shares({"ppo": 6, "other": 6, "pairs": 4}, 6, config, torch.Generator().manual_seed(0)))
+    assert len(found) == 6
+    for epoch in (found[:3], found[3:]):
+        assert sorted(torch.cat([part["pairs"] for part in epoch]).tolist()) == [0, 1, 2, 3]
+        assert all(torch.equal(part["ppo"], part["other"]) for part in epoch)
+    assert torch.cat([part["pairs"] for part in found[:3]]).tolist() == [0, 1, 2, 3], "the first epoch keeps the order"
+
+
+def test_data_and_responses_learn_together(trainer):
+    metrics = trainer.rollout_step(
+        trainer.rollout(trainer.corpus.train[:3]), {"online_dpo": 1.0, "dpo": 0.5, "sft": 0.1}
+    )
+    assert {"online_dpo_loss", "dpo_loss", "sft_loss"} <= metrics.keys()
+
+
+def test_pairs_as_data_train_by_both_names(tokenizer):
+    assert trainer_on(tokenizer, PAIRS).preference_step(PAIRS)["num_tokens"] > 0
