@@ -22,6 +22,8 @@ DivergenceKind = Literal["reverse", "forward", "jsd"]
 # and writes the gradient of one, so that much fewer rows would wait for memory.
 _CHUNK = 2**22
 
+_Head = tuple[Tensor, Tensor, Tensor | None]  # hidden (N, D), weight (V, D), bias (V,)
+
 
 def linear_divergence(
     hidden: Tensor,
@@ -46,7 +48,8 @@ def linear_divergence(
         jsd       mix KL(q || m) + (1 - mix) KL(p || m),   m = mix q + (1 - mix) p
 
     hidden: (..., D).   weight: (V, D).   ref_hidden: (..., D').   ref_weight: (V, D').   bias, ref_bias: (V,); -inf
-        takes a token out of the vocabulary, of both sides or the KL may be infinite; the jsd never is.
+        takes a token out of the vocabulary, of both sides, or the KL is infinite and has no gradient; the jsd never is.
+        (A soft-cap makes it a legal -softcap, as in `token_logprob`.)
     mix: of jsd alone, in (0, 1): the weight of the teacher, which is the first distribution of GKD's eq. 1 and mix its
         beta. jsd / mix tends to forward for mix -> 0 and jsd / (1 - mix) to reverse for mix -> 1, where jsd is 0.
     softcap, ref_softcap: the bound of each side's logits, None where there is none.
@@ -145,15 +148,13 @@ class _LinearDivergence(torch.autograd.Function):
             wanted = zip(policy, ctx.needs_input_grad[:3], strict=True)
             grads = [torch.zeros_like(x) if x is not None and needed else None for x, needed in wanted]
             for rows in _chunks(len(hidden), len(weight)):
-                logp, slope = _logprobs(policy, rows, temperature, softcap, with_slope=True)
+                logp, log_partition = _logprobs(policy, rows, temperature, softcap)
                 logq, _ = _logprobs(ref, rows, temperature, ref_softcap)
-                dz = _gradient(kind, mix, logp, logq).mul_(slope).mul_(grad[rows].unsqueeze(1))
+                dz = _gradient(kind, mix, logp, logq).mul_(grad[rows].unsqueeze(1))
+                dz.mul_(_slope(logp.add_(log_partition), temperature, softcap))
                 _add_gradients_(grads, dz, policy, rows)
         of_inputs = zip(grads, (hidden, weight, bias), strict=True)
         return (*(None if g is None else g.to(x.dtype) for g, x in of_inputs), *[None] * 5)
-
-
-_Head = tuple[Tensor, Tensor, Tensor | None]  # hidden (N, D), weight (V, D), bias (V,)
 
 
 def _in_one_dtype(*heads: Tensor | None) -> tuple[_Head, _Head]:
@@ -169,20 +170,24 @@ def _chunks(num_rows: int, vocab: int) -> Iterator[slice]:
     return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
 
 
-def _logprobs(
-    head: _Head, rows: slice, temperature: float, softcap: float | None, *, with_slope: bool = False
-) -> tuple[Tensor, Tensor | float]:
-    """log_softmax(z), (n, V), of a chunk; and where it is asked for the derivative of z to the product, else 1."""
+def _logprobs(head: _Head, rows: slice, temperature: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """Of a chunk's logits z, (n, V): log_softmax(z), and the log-partition that was taken from it, (n, 1)."""
     hidden, weight, bias = head
     z = hidden[rows] @ weight.T if bias is None else torch.addmm(bias, hidden[rows], weight.T)
-    slope: Tensor | float = 1.0 / temperature
     if softcap is not None:
-        z.div_(softcap).tanh_()
-        if with_slope:
-            slope = (z * z).neg_().add_(1.0).div_(temperature)
-        z.mul_(softcap)
+        z.div_(softcap).tanh_().mul_(softcap)
     z.div_(temperature)
-    return z.sub_(z.logsumexp(-1, keepdim=True)), slope
+    # The maximum goes first: a partition that holds it would lose digits to large logits.
+    top = z.amax(-1, keepdim=True)
+    log_sum = z.sub_(top).logsumexp(-1, keepdim=True)
+    return z.sub_(log_sum), top + log_sum
+
+
+def _slope(z: Tensor, temperature: float, softcap: float | None) -> Tensor | float:
+    """d z / d product: z temperature / softcap is the tanh, whose derivative is 1 - tanh^2."""
+    if softcap is None:
+        return 1.0 / temperature
+    return (z * (temperature / softcap)).square_().neg_().add_(1.0).div_(temperature)
 
 
 def _add_gradients_(grads: list[Tensor | None], dz: Tensor, head: _Head, rows: slice) -> None:
