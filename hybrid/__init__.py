@@ -7,8 +7,8 @@ trainer.train()
 """
 
 from hybrid.config import HybridConfig, ModelConfig, ReferenceConfig, RunConfig
-from hybrid.core import Batch, Encoded, Example, InputError, Rollout, RunStopped
-from hybrid.data import DataConfig, Loader
+from hybrid.core import Batch, Encoded, Example, InputError, Pairs, Rollout, RunStopped
+from hybrid.data import DataConfig, Loader, PairLoader, read_pairs
 from hybrid.evaluate import EvalConfig
 from hybrid.learner import Learner
 from hybrid.mixing import Plan, make_strategy, register_strategy
@@ -17,6 +17,7 @@ from hybrid.objectives import (
     GradientConfig,
     Objective,
     PPOConfig,
+    PreferencesConfig,
     SFTConfig,
     Term,
     minibatches,
@@ -47,8 +48,11 @@ __all__ = [
     "ModelConfig",
     "Objective",
     "PPOConfig",
+    "PairLoader",
+    "Pairs",
     "Plan",
     "Policy",
+    "PreferencesConfig",
     "Reference",
     "ReferenceConfig",
     "Reward",
@@ -68,6 +72,7 @@ __all__ = [
     "make_strategy",
     "minibatches",
     "ppo_batch_loss",
+    "read_pairs",
     "register_objective",
     "register_optimizer",
     "register_reward",

@@ -101,7 +101,7 @@ class Corpus:
         return encode(example, self.tokenizer, replace(self.config, template=self.prompt_template))
 
     def encoded(self, rows: Batch | Iterable[Any]) -> list[Encoded]:
-        """The examples of a batch, or of encoded examples, prompts, or rows as in the training data.
+        """The examples of a batch, or of encoded examples, examples, prompts, or rows as in the training data.
 
         Rows may also come as a frame or a mapping of columns, as a torch DataLoader over a data set yields them.
         """
@@ -118,7 +118,8 @@ class Corpus:
             return given
         if all(isinstance(row, str) for row in given):
             return [self.prompt(row) for row in given]
-        examples = examples_from(given, self.config)
+        read = all(isinstance(row, Example) for row in given)
+        examples = given if read else examples_from(given, self.config)
         return [e for example in examples for e in encode_turns(example, self.tokenizer, self.config)]
 
     def batch(self, rows: Batch | Iterable[Any]) -> Batch:

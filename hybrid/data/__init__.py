@@ -8,6 +8,7 @@ from hybrid.data.examples import (
     examples_from,
     read_example_set,
     read_examples,
+    read_pairs,
     read_training_sets,
     split_examples,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "prompt_text",
     "read_example_set",
     "read_examples",
+    "read_pairs",
     "read_rows",
     "read_training_sets",
     "split_examples",

@@ -21,6 +21,7 @@ __all__ = [
     "examples_from",
     "read_example_set",
     "read_examples",
+    "read_pairs",
     "read_training_sets",
     "split_examples",
 ]
@@ -54,6 +55,21 @@ def read_examples(source: Any, config: DataConfig, *, seed: int = 0) -> list[Exa
     level = logging.WARNING if read.num_blank else logging.INFO
     logger.log(level, data_line(len(read.examples), "", read.said))
     return read.examples
+
+
+def read_pairs(source: Any, config: DataConfig, *, seed: int = 0) -> list[Example]:
+    """The examples of a source that are pairs of answers: `target` was chosen, `rejected.target` was not.
+
+    See `read_examples`. Raises InputError where there is no pair.
+    """
+    examples = read_examples(source, config, seed=seed)
+    pairs = [e for e in examples if e.rejected is not None and _has_target(e)]
+    if not pairs:
+        raise InputError(
+            f"none of the {len(examples)} examples is a pair of answers; name the columns with data.chosen and "
+            "data.rejected"
+        )
+    return pairs
 
 
 def read_example_set(source: Any, config: DataConfig, *, seed: int = 0, name: str = "data") -> ExampleSet:
