@@ -21,25 +21,39 @@ from hybrid.functional.ppo import (
     value_loss,
 )
 from hybrid.functional.precision import autocast_dtype, rounded_operands
+from hybrid.functional.preference import (
+    PER_TOKEN,
+    REFERENCE_FREE,
+    PreferenceKind,
+    bradley_terry_loss,
+    dpo_loss,
+    kto_loss,
+)
 from hybrid.functional.sft import TokenWeight, sft_loss
 
 __all__ = [
+    "PER_TOKEN",
+    "REFERENCE_FREE",
     "AdaptiveKL",
     "Aggregation",
     "FixedKL",
     "ImportanceLevel",
     "ImportanceMode",
+    "PreferenceKind",
     "Surrogate",
     "TokenStats",
     "TokenWeight",
     "aggregate",
     "autocast_dtype",
+    "bradley_terry_loss",
+    "dpo_loss",
     "entropy",
     "full_kl",
     "gae",
     "group_advantage",
     "importance_weight",
     "kl_estimate",
+    "kto_loss",
     "leave_one_out_advantage",
     "linear_logprob",
     "loss_divisor",
