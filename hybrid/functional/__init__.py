@@ -4,6 +4,7 @@ float64 in gives float64 out, everything else float32 out. `B` sequences, `T` to
 """
 
 from hybrid.functional.advantage import gae, group_advantage, leave_one_out_advantage
+from hybrid.functional.divergence import DivergenceKind, linear_divergence
 from hybrid.functional.kl import AdaptiveKL, FixedKL, kl_estimate
 from hybrid.functional.linear_logprob import linear_logprob
 from hybrid.functional.logprob import TokenStats, entropy, full_kl, soft_capped, token_logprob, token_stats
@@ -36,6 +37,7 @@ __all__ = [
     "REFERENCE_FREE",
     "AdaptiveKL",
     "Aggregation",
+    "DivergenceKind",
     "FixedKL",
     "ImportanceLevel",
     "ImportanceMode",
@@ -55,6 +57,7 @@ __all__ = [
     "kl_estimate",
     "kto_loss",
     "leave_one_out_advantage",
+    "linear_divergence",
     "linear_logprob",
     "loss_divisor",
     "masked_mean",

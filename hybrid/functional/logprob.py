@@ -21,6 +21,7 @@ __all__ = [
     "check_want",
     "entropy",
     "full_kl",
+    "kl_of_logprobs",
     "soft_capped",
     "token_logprob",
     "token_stats",
@@ -95,8 +96,11 @@ def full_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0, sof
     Infinite where the policy gives mass to a token that the reference forbids.
     """
     logits, ref_logits = to_float(logits, ref_logits)
-    logprob = _log_softmax(logits, temperature, softcap)
-    ref_logprob = _log_softmax(ref_logits, temperature, softcap)
+    return kl_of_logprobs(_log_softmax(logits, temperature, softcap), _log_softmax(ref_logits, temperature, softcap))
+
+
+def kl_of_logprobs(logprob: Tensor, ref_logprob: Tensor) -> Tensor:
+    """`full_kl` of what are log-probabilities already.   (..., V) twice -> (...)."""
     p = logprob.exp()
     difference = (logprob - ref_logprob).masked_fill(p == 0, 0.0)
     return (p * difference).sum(-1)
