@@ -81,3 +81,43 @@ def test_the_readmes_scores_of_the_example_spec_are_what_the_command_prints(monk
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_example_config_is_valid(path):
     HybridConfig.from_file(path)
+
+
+@pytest.mark.slow
+def test_dpo_by_hand_begins_at_log_2_and_learns(stories):
+    lines = run("examples/preferences.py", stories)
+    losses = [float(line.split()[2]) for line in lines]
+    assert losses[0] == pytest.approx(0.6931, abs=1e-4) and losses[-1] < 0.5
+
+
+def test_the_loop_of_preferences_has_at_most_40_lines():
+    assert (ROOT / "examples" / "preferences.py").read_text().count("\n") <= 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("dpo", ["mixing.steps=2", "data.limit=16"]),
+        ("reward_model", ["mixing.steps=2", "data.limit=16"]),
+        ("online_dpo", ["mixing.steps=2", "data.limit=40", "ppo.batch_size=4", "ppo.minibatch_size=8"]),
+        ("distill", ["mixing.steps=2", "data.limit=40", "ppo.batch_size=4", "ppo.minibatch_size=4"]),
+    ],
+)
+def test_every_config_of_preferences_trains(name, overrides, shared, stories, tmp_path):
+    pairs = shared / "hh_rlhf" / "harmless_test_600.jsonl"
+    sentences = [str(shared / "rotten_tomatoes" / f"rt-polarity.{end}") for end in ("pos", "neg")]
+    train = str(pairs) if name in ("dpo", "reward_model") else sentences
+    teacher = [f"references=[{{model: {stories}}}]"] if name == "distill" else []
+    lines = run(
+        "-m", "hybrid", "train", f"examples/{name}.yaml", f"model.name={stories}", f"data.train={train}",
+        f"run.output={tmp_path / name}", "data.max_length=512", "eval.num_prompts=4", "eval.num_examples=8",
+        "sampling.max_new_tokens=8", *overrides, *teacher,
+    )  # fmt: skip
+    assert any("step 2/2" in line for line in lines)
+    assert (tmp_path / name / "report.html").is_file()
+    if name == "reward_model":
+        from hybrid import RewardModel
+
+        scores = RewardModel.from_pretrained(tmp_path / name / "reward_model").score([" No.", " Yes, of course."])
+        assert scores.isfinite().all() and scores[0] != scores[1]

@@ -31,6 +31,8 @@ MIXTURES = {
     "joint": {"strategy": "joint", "steps": 9, "mu": 1.0, "schedule": "linear", "final_mu": 0.0},
     # A strategy that remembers.
     "turns": {**TURNS, "curriculum": "reward", "target_reward": 2.0},
+    # Reference log-probs that are computed once, a reward model, and loaders of two kinds.
+    "preferences": {"strategy": "blend", "steps": 9, "coefs": {"dpo": 1.0, "kto": 0.5, "reward_model": 0.5}},
 }
 
 
@@ -58,6 +60,13 @@ def written(stories, folder, name, **sections):
     file = folder / f"{name.replace('/', '-')}.json"
     file.write_text(json.dumps(config(stories, folder, name, **settings | sections)))
     return file
+
+
+def written_pairs(folder):
+    """A file of pairs of answers."""
+    rows = [{"prompt": f"Was day {i} good?", "chosen": f"Yes, day {i} was.", "rejected": f"No {i}."} for i in range(12)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "pairs.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +114,14 @@ def wait_for(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("mixture", MIXTURES)
 def test_a_run_killed_at_random_moments_equals_the_uninterrupted_one(stories, forks, folder, mixture):
-    whole, seconds = uninterrupted(stories, forks, folder, "whole", mixing=MIXTURES[mixture])
+    sections = {"mixing": MIXTURES[mixture]}
+    if mixture == "preferences":
+        sections |= {"data": {"train": str(written_pairs(folder)), "eval_fraction": 0.25}}
+    whole, seconds = uninterrupted(stories, forks, folder, "whole", **sections)
     draw, kills = random.Random(mixture), 0
     for number in count():
         run, status = folder / f"run-{number}", None
-        file = written(stories, folder, run.name, mixing=MIXTURES[mixture])
+        file = written(stories, folder, run.name, **sections)
         while status != 0:
             moment = draw.uniform(0, seconds) if kills < KILLS / len(MIXTURES) else None
             resumes = (run / "config.yaml").exists()
