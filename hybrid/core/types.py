@@ -156,6 +156,7 @@ class Rollout:
     sampling_logprob: (B, T) float32, of each token under the distribution that it was drawn from (after top_k, top_p
         and min_new_tokens, by the engine that drew it), 0 outside the mask; None where that is not known.
     prompts, responses, targets: the texts, B of each, or none; a response stands behind its hint.
+    examples: what was answered, B, or none.
     components: raw score by reward name, B each.
     reward_metrics: what the reward logs of each component.   seconds: what it took, by part.
     advantage, return_: (B, T) float32, or None until `with_advantages` has put them there; without a critic
@@ -180,6 +181,7 @@ class Rollout:
     prompts: tuple[str, ...] = ()
     responses: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
+    examples: tuple[Encoded, ...] = ()
     components: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
     reward_metrics: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -197,7 +199,8 @@ class Rollout:
             for name, x in tensors.items()
             if isinstance(x, Tensor)
         }
-        part = replace(self, **picked, prompts=(), responses=(), targets=(), components={}, reward_metrics={})
+        empty: dict[str, Any] = dict.fromkeys(("prompts", "responses", "targets", "examples"), ())
+        part = replace(self, **picked, **empty, components={}, reward_metrics={})
         return handed_on(self, part, rows)
 
     @cached_property

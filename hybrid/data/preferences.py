@@ -32,13 +32,14 @@ class Preferred:
     prompt: None where both sides are whole dialogues: their longest common beginning, up to a turn's border, is the
         prompt then, be they lists of messages or transcripts ("\\n\\nHuman: … \\n\\nAssistant: …").
         A prompt that both sides repeat is not taken twice.
-    margin: a number, by how much the chosen one is better.
+    margin: a number, by how much the chosen one is better.   weight: one above 0, what the pair counts.
     """
 
     prompt: str | None = "prompt"
     chosen: str = "chosen"
     rejected: str = "rejected"
     margin: str | None = "margin"
+    weight: str | None = "weight"
     tools: str | None = "tools"
 
     @property
@@ -47,16 +48,17 @@ class Preferred:
 
     @property
     def takes(self) -> tuple[str, ...]:
-        return tuple(column for column in (self.margin, self.tools) if column is not None)
+        return tuple(column for column in (self.margin, self.weight, self.tools) if column is not None)
 
     def among(self, columns: Sequence[str]) -> "Preferred":
-        margin, tools = (column if column in columns else None for column in (self.margin, self.tools))
-        return replace(self, margin=margin, tools=tools)
+        found = (column if column in columns else None for column in (self.margin, self.weight, self.tools))
+        margin, weight, tools = found
+        return replace(self, margin=margin, weight=weight, tools=tools)
 
     def says(self) -> str:
         prompt = "the common beginning" if self.prompt is None else repr(self.prompt)
-        margin = "" if self.margin is None else f", margin = {self.margin!r}"
-        return f"prompt = {prompt}, chosen = {self.chosen!r}, rejected = {self.rejected!r}{margin}"
+        more = "".join(f", {name} = {column!r}" for name in ("margin", "weight") if (column := getattr(self, name)))
+        return f"prompt = {prompt}, chosen = {self.chosen!r}, rejected = {self.rejected!r}{more}"
 
     def example(self, row: Row, where: str) -> Example:
         """Raises Flawed where the sides are equal or one is empty."""
@@ -70,11 +72,14 @@ class Preferred:
             made.append(replace(layout.example({**texts, **tools}, where), item=row))
         best, other = made
         _check_sides(best, other, where)
-        return replace(best, rejected=other, margin=self._margin(row, where))
+        margin, weight = (self._number(row, column, where) for column in (self.margin, self.weight))
+        if weight is not None and weight <= 0:
+            raise InputError(f"{where}: column {self.weight!r} must be above 0, got {weight:g}; {LEAVE_OUT}")
+        return replace(best, rejected=other, margin=margin or 0.0, weight=1.0 if weight is None else weight)
 
-    def _margin(self, row: Row, where: str) -> float:
-        value = None if self.margin is None else row.get(self.margin)
-        return 0.0 if value is None or is_missing(value) else _number(value, f"{where}: column {self.margin!r}")
+    def _number(self, row: Row, column: str | None, where: str) -> float | None:
+        value = None if column is None else row.get(column)
+        return None if value is None or is_missing(value) else _number(value, f"{where}: column {column!r}")
 
     def _sides(self, row: Row, where: str) -> tuple[Any, Any, Any]:
         """(prompt, chosen, rejected), each a text or a list of messages."""
@@ -139,7 +144,7 @@ class Ranked:
         pairs = [(i, j) for i, j in combinations(order, 2) if scores[i] > scores[j]]
         if not pairs:
             raise Flawed(where, "without an answer that is better than another")
-        layout = Preferred(self.prompt, margin=None, tools=None)
+        layout = Preferred(self.prompt, margin=None, weight=None, tools=None)
         sides = [{self.prompt: row.get(self.prompt), "chosen": texts[i], "rejected": texts[j]} for i, j in pairs]
         made = [layout.example(side, where) for side in sides]
         return [replace(example, item=row, weight=1 / len(pairs)) for example in made]

@@ -17,7 +17,7 @@ from hybrid.objectives.objective import (
     objective_names,
     register_objective,
 )
-from hybrid.objectives.online import RAFT, OnlineDPO
+from hybrid.objectives.online import RAFT, SPIN, OnlineDPO
 from hybrid.objectives.pair_measures import expected_calibration_error, pair_measures
 from hybrid.objectives.ppo import PPO, Divisors, ppo_batch_loss
 from hybrid.objectives.ppo_config import Advantage, PPOConfig
@@ -37,6 +37,7 @@ __all__ = [
     "PTX",
     "RAFT",
     "SFT",
+    "SPIN",
     "Advantage",
     "Distill",
     "DistillData",

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hybrid.core import IGNORE, Batch, InputError, Pairs, Rollout
+from hybrid.core import IGNORE, Batch, InputError, Pairs, Rollout, by_length
+from hybrid.data import collate_pairs
 from hybrid.functional import PreferenceKind, sft_loss
 from hybrid.models import response_stats
 from hybrid.objectives.accumulate import Loss
@@ -17,7 +19,7 @@ from hybrid.objectives.objective import Objective, Parts, register_objective
 from hybrid.objectives.ppo_config import PPOConfig
 from hybrid.objectives.preference_config import PreferencesConfig
 
-__all__ = ["RAFT", "OnlineDPO", "batch_of", "best_and_worst"]
+__all__ = ["RAFT", "SPIN", "OnlineDPO", "batch_of", "best_and_worst"]
 
 
 @register_objective("online_dpo")
@@ -66,6 +68,66 @@ class OnlineDPO(DPO):
             ref_logprob=ref_logprob,
             temperature=rollout.temperature,
         )
+
+
+@register_objective("spin")
+class SPIN(DPO):
+    """`dpo` on the data's target, chosen, and the policy's own response to the prompt, rejected.
+
+    The reference is the opponent: the policy as it was when it answered, so that an iteration of SPIN is a step, with
+    as many updates as the section `ppo` makes of a rollout. Prompts without a target are left out.
+    Source: Chen et al. 2024 (arXiv:2401.01335).
+    """
+
+    rolls_out = True
+    needs_reward = False
+
+    def __init__(
+        self,
+        parts: Parts,
+        preferences: PreferencesConfig,
+        kind: PreferenceKind = "sigmoid",
+        beta: float = 0.1,
+        label_smoothing: float = 0.0,
+        margin: float = 0.0,
+    ):
+        super().__init__(parts, preferences, kind, beta, label_smoothing, margin)
+        self.needs_reference = False  # its own, which the pairs bring along
+
+    def rows(self) -> Iterator[Pairs]:
+        return Objective.rows(self)
+
+    def learnt(self, rollout: Rollout) -> Pairs:
+        if len(rollout.examples) != len(rollout):
+            raise InputError(
+                f"objective {self.name!r} needs the examples that a rollout answers, which this one has not"
+            )
+        pairs = []
+        for row, example in enumerate(rollout.examples):
+            answer = rollout.input_ids[row, rollout.prompt_length :][rollout.mask[row]].tolist()
+            labels = [IGNORE] * len(example.prompt_ids) + answer
+            said = replace(example, input_ids=(*example.prompt_ids, *answer), labels=tuple(labels), rejected=None)
+            if example.has_target and said.input_ids != example.input_ids:
+                pairs.append(replace(example, rejected=said, weight=1.0))
+        if not pairs:
+            raise InputError(
+                f"objective {self.name!r}: no prompt of a rollout has a target that differs from the response"
+            )
+        found = self.parts.pairs(collate_pairs(pairs, pad_id=0))
+        opponent = self._own_logprob(replace(found, temperature=rollout.temperature))
+        return replace(found, temperature=rollout.temperature, ref_logprob=opponent)
+
+    @torch.no_grad()
+    def _own_logprob(self, pairs: Pairs) -> Tensor:
+        """(2B,), of both sides under the policy as it is now, through the forwards of the first updates."""
+        self.parts.policy.eval()
+        sums = torch.zeros(len(pairs.sides), device=pairs.weight.device)
+        with self.parts.autocast():
+            for rows in by_length(pairs.extents, self.microbatch_size):
+                both = torch.cat([rows, rows + len(pairs)])
+                logprob, _ = self.parts.policy.batch_logprob(pairs.sides[both].trimmed(), temperature=pairs.temperature)
+                sums[both.to(sums.device)] = logprob.sum(1).to(sums.dtype)
+        return sums
 
 
 def best_and_worst(rollout: Rollout) -> tuple[Tensor, Tensor]:

@@ -112,6 +112,7 @@ def collect(
         prompts=tuple(examples[i].prompt for i in kept),
         responses=tuple(texts[i] for i in kept),
         targets=tuple(examples[i].target for i in kept),
+        examples=tuple(examples[i] for i in kept),
         components={name: tuple(values[i] for i in kept) for name, values in scores.components.items()},
         reward_metrics=scores.metrics(),
         seconds={

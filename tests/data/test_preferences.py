@@ -25,6 +25,12 @@ def test_a_pair_has_its_prompt_on_both_sides():
     assert example.item is example.rejected.item
 
 
+def test_margin_and_weight_are_read_where_they_are_there():
+    first, second = read({**PAIR, "margin": 2, "weight": 0.5}, {**PAIR, "margin": None})
+    assert (first.margin, first.weight) == (2.0, 0.5)
+    assert (second.margin, second.weight) == (0.0, 1.0)
+
+
 def test_columns_of_other_names_are_taken_by_the_config():
     (example,) = read({"q": "a", "better": "b", "worse": "c"}, prompt="q", chosen="better", rejected="worse")
     assert (example.prompt, example.target, example.rejected.target) == ("a", "b", "c")
@@ -127,6 +133,7 @@ def test_a_flawed_pair_that_is_given_by_hand_is_refused():
         ({"chosen": "a", "rejected": "b"}, {}, "name the prompt's column with data.prompt"),
         ({"chosen": [USER, GOOD], "rejected": [{**USER, "content": "x"}, BAD]}, {}, "differ in their prompt"),
         ({**PAIR, "margin": "much"}, {}, "'margin' must hold a finite number"),
+        ({**PAIR, "weight": 0}, {}, "'weight' must be above 0, got 0"),
         ({"prompt": "a", "responses": ["x"], "scores": [1, 2]}, {}, "has 2 entries"),
         ({"prompt": "a", "responses": "xy", "scores": [1, 2]}, {}, "must hold a list"),
         ({"prompt": "a", "completion": "b", "label": "maybe"}, {"label": "label"}, "must be true or false"),

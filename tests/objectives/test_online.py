@@ -64,6 +64,40 @@ def test_a_rollout_without_a_pair_is_no_update(trainer):
     assert all(map(torch.equal, trainer.policy.parameters(), before))
 
 
+def test_spin_sets_the_target_against_the_policys_own_response(trainer):
+    rollout = trainer.rollout(trainer.corpus.train[:3])
+    objective = trainer.objectives["spin"]
+    pairs = objective.learnt(rollout)
+    assert len(pairs) == len(rollout)
+    for i, example in enumerate(rollout.examples):
+        assert pairs.sides.input_ids[i][pairs.sides.attention_mask[i]].tolist() == list(example.input_ids)
+        said = pairs.sides.labels[len(pairs) + i]
+        assert torch.equal(said[said != IGNORE], rollout.input_ids[i, rollout.prompt_length :][rollout.mask[i]])
+    _, rejected = pairs.split(pairs.ref_logprob)
+    assert torch.allclose(rejected, rollout.old_logprob.sum(1), atol=1e-4), "the opponent is the policy that answered"
+    loss, _ = objective.term(pairs).loss_of(pairs)
+    assert float(loss.detach()) == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_spin_draws_the_policy_to_the_targets_without_a_reward(tokenizer):
+    trainer = trainer_on(tokenizer, mixing={"strategy": "objective", "objective": "spin", "steps": 12})
+    trainer.train()
+    found = []
+    for each in (trainer_on(tokenizer), trainer):
+        batch = each.batch(PAIRS)
+        found.append(float(each.objectives["sft"].loss_of(batch)(batch)[0].detach()))
+    assert found[1] < found[0]
+
+
+def test_a_target_that_the_policy_says_itself_makes_no_pair(trainer):
+    rollout = trainer.rollout(trainer.corpus.train[:3])
+    first = rollout.examples[0]
+    answer = rollout.input_ids[0, rollout.prompt_length :][rollout.mask[0]].tolist()
+    same = replace(first, input_ids=(*first.prompt_ids, *answer))
+    pairs = trainer.objectives["spin"].learnt(replace(rollout, examples=(same, *rollout.examples[1:])))
+    assert len(pairs) == len(rollout) - 1
+
+
 def test_raft_imitates_the_best(trainer):
     rollout = scored(trainer, [1.0, 3.0, 2.0, 2.5], [0, 0, 1, 1])
     chosen = trainer.objectives["raft"].learnt(rollout)
