@@ -17,6 +17,7 @@ from hybrid.core import Batch, Encoded, InputError, Rollout
 from hybrid.corpus import encoded_corpus
 from hybrid.data import Loader
 from hybrid.evaluate import evaluate
+from hybrid.host import RunHost
 from hybrid.mixing import Plan, Strategy, make_strategy
 from hybrid.models import Policy
 from hybrid.objectives import (
@@ -127,6 +128,8 @@ class Learner:
         self.kl = kl_controller(config.kl)
         self.sampler, self.shuffler, self.speaker = random_streams(config.run.seed, self.policy.device)
         self.objectives = Objectives(self, lambda: vars(self.config))
+        if self.reward is not None:
+            self.reward.attach(RunHost(self))
         self.num_steps = 0  # of the loop, of all kinds together
         self.begun = False  # whether the run in its folder is its own
 
@@ -247,7 +250,7 @@ class Learner:
         if not self.config.sampling.temperature:
             raise InputError("a rollout needs sampling.temperature > 0: PPO learns from what was drawn")
         with self.autocast():
-            return collect(
+            rollout = collect(
                 self.policy,
                 self.references,
                 self.reward,
@@ -260,6 +263,8 @@ class Learner:
                 allow_gap=self.config.ppo.importance is not None,
                 **self._collect_options(),
             )
+        self.reward.after_rollout(rollout)
+        return rollout
 
     def step(
         self,

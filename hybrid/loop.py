@@ -285,6 +285,8 @@ class _Loop:
             self.log.step({"step": self.learner.num_steps, "phase": "eval", **metrics})
             self._watch(metrics)
             self.learner.updater.evaluated(metrics, self.learner.config.eval.metric)
+            if self.learner.reward is not None:
+                self.learner.reward.evaluated()
             self._log_samples("eval", rows)
         self.progress.evaluated, self.progress.evaluation = self.learner.num_steps, metrics
 

@@ -2,6 +2,7 @@
 
 from hybrid.objectives.accumulate import Loss, Term, accumulate
 from hybrid.objectives.advantages import check_groups, minibatches, rollout_metrics, with_advantages
+from hybrid.objectives.gram import policy_gram
 from hybrid.objectives.objective import (
     Objective,
     Objectives,
@@ -49,6 +50,7 @@ __all__ = [
     "objective_class",
     "objective_names",
     "over_updates",
+    "policy_gram",
     "ppo_batch_loss",
     "register_objective",
     "rollout_metrics",

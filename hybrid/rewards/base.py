@@ -10,6 +10,7 @@ import torch
 
 from hybrid.core import InputError, Registry
 from hybrid.rewards.fit import counted_cuts
+from hybrid.rewards.host import Hooks
 from hybrid.rewards.output import Part, RewardOutput
 from hybrid.rewards.postprocess import Postprocess
 from hybrid.rewards.samples import Samples, Target, has_text, shortened
@@ -84,7 +85,7 @@ class Answers(NamedTuple):
     counts: dict[str, float]
 
 
-class Reward:
+class Reward(Hooks):
     """Scores responses. A leaf implements one of two hooks, and nothing else:
 
         _score_one(response, target, prompt, item) -> float

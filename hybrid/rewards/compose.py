@@ -1,7 +1,7 @@
 """Rewards made of rewards."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,6 +31,7 @@ class Composite(Reward):
     """
 
     takes_weights: ClassVar[bool] = False
+    inner_specs: ClassVar[tuple[str, ...]] = ()  # its parameters, besides `components`, that are a spec each
 
     def __init__(self, components: list[Component]):
         if not components:
@@ -46,17 +47,20 @@ class Composite(Reward):
         names = _distinct([component.reward.component_name for component in components])
         self.components: dict[str, Component] = dict(zip(names, components, strict=True))
 
+    def inner_rewards(self) -> Iterator[Reward]:
+        return (component.reward for component in self.components.values())
+
     def setup(self, device: str | torch.device | None = None) -> None:
-        for component in self.components.values():
-            component.reward.setup(device)
+        for inner in self.inner_rewards():
+            inner.setup(device)
 
     @property
     def needs_target(self) -> bool:  # type: ignore[override]
-        return any(component.reward.needs_target for component in self.components.values())
+        return any(inner.needs_target for inner in self.inner_rewards())
 
     def check_data(self, targets: Sequence[Any], items: Sequence[Any], *, what: str, hint: str) -> None:
-        for component in self.components.values():
-            component.reward.check_data(targets, items, what=what, hint=hint)
+        for inner in self.inner_rewards():
+            inner.check_data(targets, items, what=what, hint=hint)
 
     def _combine(self, scores: Sequence[float], weights: Sequence[float]) -> float:
         raise NotImplementedError(f"{type(self).__name__} must implement _combine")
@@ -102,12 +106,23 @@ class Composite(Reward):
 
     def _check_state(self, state: dict[str, Any]) -> None:
         super()._check_state(state)
+        states = self._states_of_components(state["reward"])
         for name, component in self.components.items():
-            component.reward._check_state(state["reward"][name])
+            if name not in states:
+                raise ValueError(
+                    f"reward {self.component_name!r} has a component {name!r}, got a state of {', '.join(states)}: "
+                    "the checkpoint is from a run with another reward"
+                )
+            component.reward._check_state(states[name])
 
     def _load_state(self, state: dict[str, Any]) -> None:
+        states = self._states_of_components(state)
         for name, component in self.components.items():
-            component.reward.load_state_dict(state[name])
+            component.reward.load_state_dict(states[name])
+
+    def _states_of_components(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Of what `_state` gives the states of the components, by name: all of it, where a kind keeps no more."""
+        return state
 
 
 @register_reward("weighted_sum")
