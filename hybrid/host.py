@@ -40,6 +40,10 @@ class RunHost:
     def num_held_out(self) -> int:
         return len(self.parts.corpus.eval)
 
+    @property
+    def eval_every(self) -> int:
+        return self.parts.config.eval.every
+
     def opponent(self, name: str | None) -> "RunOpponent":
         parts = self.parts
         if name is None:
@@ -56,7 +60,9 @@ class RunHost:
 
     def gram(self, sides: Sequence[tuple[Rollout | Batch, Tensor]]) -> Tensor:
         with self.parts.autocast(), enough_memory("comparing policy gradients", "Lower the reward mixture's rows"):
-            return policy_gram(self.parts.policy, sides)
+            device = self.parts.policy.device
+            placed: dict[int, Rollout | Batch] = {id(rows): rows.to(device) for rows, _ in sides}
+            return policy_gram(self.parts.policy, [(placed[id(rows)], x.to(device)) for rows, x in sides])
 
     def held_out(self, num_rows: int) -> Batch:
         examples = [example for example in self.parts.corpus.eval if example.has_target][:num_rows]

@@ -65,7 +65,10 @@ def test_the_smoke_test_shows_two_batches(shared, stories):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "logged"),
-    [("self_play.yaml", {"reward/sentiment_lexicon/win_rate", "reward/sentiment_lexicon/opponent_age"})],
+    [
+        ("self_play.yaml", {"reward/sentiment_lexicon/win_rate", "reward/sentiment_lexicon/opponent_age"}),
+        ("mixture.yaml", {"reward/sentiment_lexicon/weight", "reward/length_window/gain"}),
+    ],
 )
 def test_a_config_whose_reward_asks_the_run_trains(shared, stories, tmp_path, config, logged):
     sentences = [shared / "rotten_tomatoes" / f"rt-polarity.{end}" for end in ("pos", "neg")]

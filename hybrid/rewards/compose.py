@@ -1,7 +1,7 @@
 """Rewards made of rewards."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,7 +31,8 @@ class Composite(Reward):
     """
 
     takes_weights: ClassVar[bool] = False
-    inner_specs: ClassVar[tuple[str, ...]] = ()  # its parameters, besides `components`, that are a spec each
+    # Its parameters, besides `components`, that are a spec each, with the words that may stand there instead.
+    inner_specs: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __init__(self, components: list[Component]):
         if not components:
@@ -39,7 +40,7 @@ class Composite(Reward):
         for index, component in enumerate(components):
             if component.weight != 1 and not self.takes_weights:
                 raise InputError(
-                    f"components[{index}].weight means nothing here; only weighted_sum and gated weigh, "
+                    f"components[{index}].weight means nothing here; only weighted_sum, gated and mixture weigh, "
                     f"got {component.weight}"
                 )
         if not math.isfinite(sum(abs(component.weight) for component in components)):
@@ -71,8 +72,14 @@ class Composite(Reward):
     def _combined(self, samples: Samples, components: dict[str, Component]) -> Answers:
         columns, parts = self._run_each(samples, components)
         weights = [component.weight for component in components.values()]
+        return Answers(self._rows_of(columns, weights, samples.responses), parts, {})
+
+    def _rows_of(
+        self, columns: Sequence[Sequence[Row]], weights: Sequence[float], responses: Sequence[str]
+    ) -> list[Row]:
+        """What the components' columns come to, a row each."""
         rows: list[Row] = []
-        for row, text in zip(zip(*columns, strict=True), samples.responses, strict=True):
+        for row, text in zip(zip(*columns, strict=True), responses, strict=True):
             failed = [entry for entry in row if isinstance(entry, RewardError)]
             present = [i for i, entry in enumerate(row) if entry is not None]
             if failed:
@@ -81,7 +88,7 @@ class Composite(Reward):
                 rows.append(None)
             else:
                 rows.append(self._combined_row([row[i] for i in present], [weights[i] for i in present], text))
-        return Answers(rows, parts, {})
+        return rows
 
     def _combined_row(self, scores: Sequence[float], weights: Sequence[float], response: str) -> Row:
         try:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from hybrid.core import InputError, Registry, build, first_line, fits, parameters_of, parse_json, parse_yaml
-from hybrid.rewards import leaves, self_play  # noqa: F401 - which registers its type
+from hybrid.rewards import leaves, mixture, self_play  # noqa: F401 - which register their types
 from hybrid.rewards.base import Handling, Reward, canonical, rewards
 from hybrid.rewards.compose import Component, Composite
 from hybrid.rewards.leaves.python import PythonFunction
@@ -138,7 +138,9 @@ def _from_dict(spec: Mapping[str, Any], path: str) -> Component:
 def _inner_rewards(factory: type[Composite], settings: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Those of a composite's settings that are specs, as Components."""
     made: dict[str, Any] = {
-        key: _component(settings[key], f"{path}.{key}") for key in factory.inner_specs if settings.get(key) is not None
+        key: _component(settings[key], f"{path}.{key}")
+        for key, words in factory.inner_specs.items()
+        if settings.get(key) is not None and settings[key] not in words
     }
     if "components" in settings:
         listed = _listed(settings["components"], f"{path}.components")

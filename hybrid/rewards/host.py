@@ -36,6 +36,10 @@ class Host(Protocol):
     def num_held_out(self) -> int:
         """Held-out examples that the run has."""
 
+    @property
+    def eval_every(self) -> int:
+        """Steps between the run's evaluations; 0: only before the first step and after the last."""
+
     def opponent(self, name: str | None) -> Opponent:
         """The policy as it is until the opponent's first `take`; or the model of that name."""
 

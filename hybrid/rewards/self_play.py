@@ -1,9 +1,9 @@
 """A reward by contest: the policy against itself as it was, or against another model."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -39,7 +39,7 @@ class SelfPlay(Composite):
     self-play preference optimization, Wu et al. 2024 (arXiv:2405.00675).
     """
 
-    inner_specs = ("reward",)
+    inner_specs: ClassVar[Mapping[str, tuple[str, ...]]] = {"reward": ()}
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ LENGTH = {"type": "python", "function": len, "name": "length"}
 class Scripted:
     """A host whose opponent says the same to every prompt, and notes what it was asked."""
 
-    num_held_out = 0
+    num_held_out = eval_every = 0
 
     def __init__(self, answer):
         self.answer, self.asked, self.num_taken = answer, [], 0
