@@ -18,14 +18,14 @@ W1 = {"type": "python", "function": lambda response: float(response.split().coun
 ROWS = [{"prompt": f"the w{i} w{i + 1}", "target": f"was good w{i}"} for i in range(12)]
 
 
-def learner(tokenizer, reward=W1, *, lora=None, play=None, **sections):
+def learner(tokenizer, reward=W1, *, lora=None, precision="float32", play=None, **sections):
     values = {
         "sampling": {"max_new_tokens": 6},
         "ppo": {"batch_size": 8, "minibatch_size": 4, "epochs": 1},
         "data": {"eval_fraction": 0.34},
         "eval": {"num_prompts": 4},
         "optimizer": {"lr": 1e-2},
-        **({"model": {"lora": lora}} if lora else {}),
+        "model": {"lora": lora, "precision": precision},
     }
     return Learner(
         Policy(tiny_model()),
@@ -56,11 +56,13 @@ def test_against_itself_half_of_the_games_are_won(tokenizer):
     assert 0 < rollout.reward_metrics["reward/digits/draw_share"] < 0.6, "they do not say the same"
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["whole", "lora"])
-def test_the_opponent_answers_with_the_weights_of_the_snapshot(tokenizer, lora, request):
+def test_the_opponent_answers_with_the_weights_of_the_snapshot(tokenizer, lora, precision, request):
+    """In bfloat16 both sides are sampled from shadows of their matrices."""
     if lora:
         request.getfixturevalue("needs_peft")
-    made = learner(tokenizer, lora=lora)
+    made = learner(tokenizer, lora=lora, precision=precision)
     made.reward.after_rollout(None)  # a snapshot of the policy as it is
     opponent, prompts = made.reward._opponent, made.corpus.train[:4]
     as_it_was = opponent.answers(prompts, generator=torch.Generator().manual_seed(3))

@@ -7,6 +7,7 @@ import torch
 from tiny import tiny_examples, tiny_policy
 
 from hybrid.data import collate
+from hybrid.models import recompute_activations
 from hybrid.objectives import PPOConfig, SFTConfig, policy_gram, ppo_batch_loss, sft_batch_loss
 from hybrid.rollout import assemble, from_lists
 
@@ -62,6 +63,13 @@ def test_of_a_batch_it_is_the_direction_in_which_the_loss_falls(policy, rollout)
     assert gram[1, 1] == pytest.approx(float(down @ down), rel=1e-5)
     alone = policy_gram(policy, [(batch, torch.ones(3))])
     assert alone[0, 0] == pytest.approx(float(gram[1, 1]), rel=1e-12)
+
+
+def test_activations_that_are_computed_again_give_the_same(policy, rollout):
+    sides = [(rollout, torch.tensor([1.0, -0.5, 0.2])), (rollout, torch.tensor([0.0, 1.0, -1.0]))]
+    expected = policy_gram(policy, sides)
+    recompute_activations(policy.backbone.trunk)
+    torch.testing.assert_close(policy_gram(policy, sides), expected, rtol=1e-9, atol=0)
 
 
 def test_it_leaves_gradients_mode_and_random_numbers_alone(policy, rollout):
