@@ -95,7 +95,7 @@ class Reward(Hooks):
     with a message that starts with the parameter's name. The hooks' results are checked here, once, for all;
     `_score` may put an exception in the place of a number. Samples that agree in what the reward `reads` are asked
     about once, and of several references the best counts. A reward that remembers implements `_state` and
-    `_load_state` too.
+    `_load_state` too; one that needs the run, or is to hear of it, what it wants of `Hooks`.
     """
 
     # In logs and errors: the registered name, unless the spec gives another. Not `name`: a parameter may be.
