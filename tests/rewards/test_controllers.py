@@ -103,6 +103,7 @@ def test_min_norm_meets_its_optimality_condition(seed):
     assert ((jacobian @ point) >= point @ point - 1e-8 * jacobian.square().sum(1).max()).all()
 
 
+@pytest.mark.slow
 def test_min_norm_is_no_longer_than_torchjds():
     aggregation = pytest.importorskip("torchjd.aggregation")
     for seed in range(5):
