@@ -16,6 +16,7 @@ from hybrid.core import Batch, InputError, Labelled, Pairs, Rollout
 from hybrid.corpus import encoded_corpus
 from hybrid.evaluate import evaluate
 from hybrid.functional import PreferenceKind
+from hybrid.host import RunHost
 from hybrid.mixing import Plan, Strategy, make_strategy
 from hybrid.models import Policy, template_of
 from hybrid.objectives import (
@@ -137,6 +138,8 @@ class Learner(Supply):
         self.kl = kl_controller(config.kl)
         self.sampler, self.shuffler, self.speaker = random_streams(config.run.seed, self.policy.device)
         self.objectives = Objectives(self, lambda: vars(self.config))
+        if self.reward is not None:
+            self.reward.attach(RunHost(self))
         self.num_steps = 0  # of the loop, of all kinds together
         self.begun = False  # whether the run in its folder is its own
 
@@ -274,7 +277,7 @@ class Learner(Supply):
         if not self.config.sampling.temperature:
             raise InputError("a rollout needs sampling.temperature > 0: PPO learns from what was drawn")
         with self.autocast():
-            return collect(
+            rollout = collect(
                 self.policy,
                 self.references,
                 reward,
@@ -287,6 +290,8 @@ class Learner(Supply):
                 allow_gap=self.config.ppo.importance is not None,
                 **self._collect_options(),
             )
+        reward.after_rollout(rollout)
+        return rollout
 
     def step(
         self,

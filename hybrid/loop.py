@@ -287,6 +287,8 @@ class _Loop:
             self.log.step({"step": self.learner.num_steps, "phase": "eval", **metrics})
             self._watch(metrics)
             self.learner.updater.evaluated(metrics, self.learner.config.eval.metric)
+            if self.learner.reward is not None:
+                self.learner.reward.evaluated()
             # Pairs of answers are rows of another kind.
             self._log_samples("eval", [row for row in rows if "objective" not in row])
             self._log_samples("pairs", [row for row in rows if "objective" in row])

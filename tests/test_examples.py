@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hybrid import HybridConfig
+from hybrid.run import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -59,6 +60,27 @@ def test_the_smoke_test_shows_two_batches(shared, stories):
     )  # fmt: skip
     for name in ("loss", "response", "target", "reward"):
         assert sum(name in line for line in lines) >= 2, lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "logged"),
+    [
+        ("self_play.yaml", {"reward/sentiment_lexicon/win_rate", "reward/sentiment_lexicon/opponent_age"}),
+        ("mixture.yaml", {"reward/sentiment_lexicon/weight", "reward/length_window/gain"}),
+    ],
+)
+def test_a_config_whose_reward_asks_the_run_trains(shared, stories, tmp_path, config, logged):
+    sentences = [shared / "rotten_tomatoes" / f"rt-polarity.{end}" for end in ("pos", "neg")]
+    run(
+        "-m", "hybrid", "train", f"examples/{config}", f"model.name={stories}",
+        f"data.train={[*map(str, sentences)]}", "data.limit=200", "data.max_length=128", "sft.batch_size=8",
+        "sampling.max_new_tokens=8", "ppo.batch_size=8", "ppo.minibatch_size=4", "eval.num_prompts=8",
+        "eval.num_examples=8", "mixing.cycles=2", f"run.output={tmp_path / 'run'}",
+    )  # fmt: skip
+    rows = [row for row in read_jsonl(tmp_path / "run" / "metrics.jsonl") if row["phase"] == "ppo"]
+    assert len(rows) == 2
+    assert all(logged <= row.keys() for row in rows)
 
 
 def test_the_custom_reward_shows_scores_and_a_log():

@@ -27,6 +27,7 @@ FLOORS = {
     "config": 7,
     "edits": 8,
     "corpus": 8,
+    "host": 9,
     "setup": 9,
     "loaders": 9,
     "supply": 10,

@@ -89,7 +89,7 @@ def evaluate_responses(
     generator = torch.Generator(policy.device).manual_seed(seed)
     rollouts = _rollouts(
         policy, references, reward or Unjudged(), examples,
-        batch_size=batch_size, tokenizer=tokenizer, sampling=sampling, generator=generator, engine=engine,
+        batch_size=batch_size, tokenizer=tokenizer, sampling=sampling, seed=seed, generator=generator, engine=engine,
     )  # fmt: skip
     rows = [row for rollout in rollouts for row in sample_rows(rollout)]
     responses = [row["response"] for row in rows]
@@ -115,20 +115,25 @@ def _rollouts(
     examples: Sequence[Encoded],
     *,
     batch_size: int,
+    seed: int,
     **options: Any,
 ) -> list[Rollout]:
     """The examples' rollouts, a batch each, after which the reward's state is what it was."""
     state = reward.state_dict()
     rollouts: list[Rollout] = []
-    for start in range(0, len(examples), batch_size):
-        batch = examples[start : start + batch_size]
-        try:
-            rollouts.append(collect(policy, references, reward, batch, allow_gap=True, **options))
-        except AllSkipped:
-            # The last batch may be one response; only where none has a score is there nothing to measure.
-            if not rollouts and start + batch_size >= len(examples):
-                raise
-    reward.load_state_dict(state)
+    reward.before_evaluation(seed)
+    try:
+        for start in range(0, len(examples), batch_size):
+            batch = examples[start : start + batch_size]
+            try:
+                rollouts.append(collect(policy, references, reward, batch, allow_gap=True, **options))
+            except AllSkipped:
+                # The last batch may be one response; only where none has a score is there nothing to measure.
+                if not rollouts and start + batch_size >= len(examples):
+                    raise
+    finally:
+        reward.load_state_dict(state)
+        reward.after_evaluation(rollouts)
     return rollouts
 
 

@@ -4,6 +4,7 @@ from hybrid.objectives.accumulate import Loss, Term, accumulate
 from hybrid.objectives.advantages import check_groups, minibatches, rollout_metrics, shares, with_advantages
 from hybrid.objectives.distill import Distill, DistillData
 from hybrid.objectives.dpo import DPO
+from hybrid.objectives.gram import policy_gram
 from hybrid.objectives.kto import KTO
 from hybrid.objectives.objective import (
     Measures,
@@ -69,6 +70,7 @@ __all__ = [
     "objective_names",
     "over_updates",
     "pair_measures",
+    "policy_gram",
     "ppo_batch_loss",
     "register_objective",
     "rollout_metrics",

@@ -10,6 +10,7 @@ import torch
 
 from hybrid.core import InputError, Registry
 from hybrid.rewards.fit import counted_cuts
+from hybrid.rewards.host import Hooks
 from hybrid.rewards.output import Part, RewardOutput
 from hybrid.rewards.postprocess import Postprocess
 from hybrid.rewards.samples import Samples, Target, has_text, shortened
@@ -85,7 +86,7 @@ class Answers(NamedTuple):
     counts: dict[str, float]
 
 
-class Reward:
+class Reward(Hooks):
     """Scores responses. A leaf implements one of two hooks, and nothing else:
 
         _score_one(response, target, prompt, item) -> float
@@ -95,7 +96,7 @@ class Reward:
     with a message that starts with the parameter's name. The hooks' results are checked here, once, for all;
     `_score` may put an exception in the place of a number. Samples that agree in what the reward `reads` are asked
     about once, and of several references the best counts. A reward that remembers implements `_state` and
-    `_load_state` too.
+    `_load_state` too; one that needs the run, or is to hear of it, what it wants of `Hooks`.
     """
 
     # In logs and errors: the registered name, unless the spec gives another. Not `name`: a parameter may be.

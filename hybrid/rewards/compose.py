@@ -1,7 +1,7 @@
 """Rewards made of rewards."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,6 +31,8 @@ class Composite(Reward):
     """
 
     takes_weights: ClassVar[bool] = False
+    # Its parameters, besides `components`, that are a spec each, with the words that may stand there instead.
+    inner_specs: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __init__(self, components: list[Component]):
         if not components:
@@ -38,7 +40,7 @@ class Composite(Reward):
         for index, component in enumerate(components):
             if component.weight != 1 and not self.takes_weights:
                 raise InputError(
-                    f"components[{index}].weight means nothing here; only weighted_sum and gated weigh, "
+                    f"components[{index}].weight means nothing here; only weighted_sum, gated and mixture weigh, "
                     f"got {component.weight}"
                 )
         if not math.isfinite(sum(abs(component.weight) for component in components)):
@@ -46,17 +48,20 @@ class Composite(Reward):
         names = _distinct([component.reward.component_name for component in components])
         self.components: dict[str, Component] = dict(zip(names, components, strict=True))
 
+    def inner_rewards(self) -> Iterator[Reward]:
+        return (component.reward for component in self.components.values())
+
     def setup(self, device: str | torch.device | None = None) -> None:
-        for component in self.components.values():
-            component.reward.setup(device)
+        for inner in self.inner_rewards():
+            inner.setup(device)
 
     @property
     def needs_target(self) -> bool:  # type: ignore[override]
-        return any(component.reward.needs_target for component in self.components.values())
+        return any(inner.needs_target for inner in self.inner_rewards())
 
     def check_data(self, targets: Sequence[Any], items: Sequence[Any], *, what: str, hint: str) -> None:
-        for component in self.components.values():
-            component.reward.check_data(targets, items, what=what, hint=hint)
+        for inner in self.inner_rewards():
+            inner.check_data(targets, items, what=what, hint=hint)
 
     def _combine(self, scores: Sequence[float], weights: Sequence[float]) -> float:
         raise NotImplementedError(f"{type(self).__name__} must implement _combine")
@@ -67,8 +72,14 @@ class Composite(Reward):
     def _combined(self, samples: Samples, components: dict[str, Component]) -> Answers:
         columns, parts = self._run_each(samples, components)
         weights = [component.weight for component in components.values()]
+        return Answers(self._rows_of(columns, weights, samples.responses), parts, {})
+
+    def _rows_of(
+        self, columns: Sequence[Sequence[Row]], weights: Sequence[float], responses: Sequence[str]
+    ) -> list[Row]:
+        """What the components' columns come to, a row each."""
         rows: list[Row] = []
-        for row, text in zip(zip(*columns, strict=True), samples.responses, strict=True):
+        for row, text in zip(zip(*columns, strict=True), responses, strict=True):
             failed = [entry for entry in row if isinstance(entry, RewardError)]
             present = [i for i, entry in enumerate(row) if entry is not None]
             if failed:
@@ -77,7 +88,7 @@ class Composite(Reward):
                 rows.append(None)
             else:
                 rows.append(self._combined_row([row[i] for i in present], [weights[i] for i in present], text))
-        return Answers(rows, parts, {})
+        return rows
 
     def _combined_row(self, scores: Sequence[float], weights: Sequence[float], response: str) -> Row:
         try:
@@ -102,12 +113,23 @@ class Composite(Reward):
 
     def _check_state(self, state: dict[str, Any]) -> None:
         super()._check_state(state)
+        states = self._states_of_components(state["reward"])
         for name, component in self.components.items():
-            component.reward._check_state(state["reward"][name])
+            if name not in states:
+                raise ValueError(
+                    f"reward {self.component_name!r} has a component {name!r}, got a state of {', '.join(states)}: "
+                    "the checkpoint is from a run with another reward"
+                )
+            component.reward._check_state(states[name])
 
     def _load_state(self, state: dict[str, Any]) -> None:
+        states = self._states_of_components(state)
         for name, component in self.components.items():
-            component.reward.load_state_dict(state[name])
+            component.reward.load_state_dict(states[name])
+
+    def _states_of_components(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Of what `_state` gives the states of the components, by name: all of it, where a kind keeps no more."""
+        return state
 
 
 @register_reward("weighted_sum")

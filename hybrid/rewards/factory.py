@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from hybrid.core import InputError, Registry, build, first_line, fits, parameters_of, parse_json, parse_yaml
-from hybrid.rewards import leaves
+from hybrid.rewards import leaves, mixture, self_play  # noqa: F401 - which register their types
 from hybrid.rewards.base import Handling, Reward, canonical, rewards
 from hybrid.rewards.compose import Component, Composite
 from hybrid.rewards.leaves.python import PythonFunction
@@ -121,10 +121,8 @@ def _from_dict(spec: Mapping[str, Any], path: str) -> Component:
     if not fits(weight, float) or not math.isfinite(weight):
         raise InputError(f"{path}.weight must be a finite number, got {weight!r}")
     common["postprocess"] = _steps(common.get("postprocess", []), f"{path}.postprocess")
-    if isinstance(factory, type) and issubclass(factory, Composite) and "components" in settings:
-        settings["components"] = [
-            _component(inner, inner_path) for inner_path, inner in _listed(settings["components"], f"{path}.components")
-        ]
+    if isinstance(factory, type) and issubclass(factory, Composite):
+        settings |= _inner_rewards(factory, settings, path)
 
     _check_device(settings.get("device"), path)
     _check_texts(settings, path)
@@ -135,6 +133,19 @@ def _from_dict(spec: Mapping[str, Any], path: str) -> Component:
     object.__setattr__(reward, "handling", handling)
     object.__setattr__(reward, "spec", spec)
     return Component(reward, float(weight))
+
+
+def _inner_rewards(factory: type[Composite], settings: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Those of a composite's settings that are specs, as Components."""
+    made: dict[str, Any] = {
+        key: _component(settings[key], f"{path}.{key}")
+        for key, words in factory.inner_specs.items()
+        if settings.get(key) is not None and settings[key] not in words
+    }
+    if "components" in settings:
+        listed = _listed(settings["components"], f"{path}.components")
+        made["components"] = [_component(inner, inner_path) for inner_path, inner in listed]
+    return made
 
 
 def _check_texts(value: Any, path: str, *, nul_too: bool = True) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from hybrid.core import Registry, parameters_of
 from hybrid.rewards.base import Handling
+from hybrid.rewards.compose import Component
 from hybrid.rewards.factory import known_rewards, parameters_of_reward
 from hybrid.rewards.postprocess import postprocesses
 
@@ -68,6 +69,8 @@ def _parameter(key: str, parameter: inspect.Parameter) -> dict[str, Any]:
 def _of_annotation(annotation: Any) -> dict[str, Any]:
     """The schema of the annotations that `hybrid.core.fits` checks; anything goes for the others."""
     origin = get_origin(annotation) or annotation
+    if origin is Component:
+        return REWARD
     if origin is Literal:
         return {"enum": list(get_args(annotation))}
     if origin in (Union, UnionType):

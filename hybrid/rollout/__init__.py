@@ -4,6 +4,7 @@ from hybrid.rollout.collect import CollectOptions, ScoreConfig, assemble, collec
 from hybrid.rollout.engine import Engine, RolloutConfig
 from hybrid.rollout.kl import KLConfig, KLKind, kl_controller
 from hybrid.rollout.lists import Ids, from_lists
+from hybrid.rollout.opponent import NamedModel, PastPolicy
 from hybrid.rollout.sample import Responses, sample
 from hybrid.rollout.sampling import SamplingConfig
 
@@ -13,6 +14,8 @@ __all__ = [
     "Ids",
     "KLConfig",
     "KLKind",
+    "NamedModel",
+    "PastPolicy",
     "Responses",
     "RolloutConfig",
     "SamplingConfig",

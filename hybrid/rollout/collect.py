@@ -94,7 +94,7 @@ def collect(
             tokenizer=tokenizer, sampling=sampling, generator=generator, samples_per_prompt=samples_per_prompt,
         )  # fmt: skip
     generated = time.perf_counter()
-    texts, scores = _judged(reward, examples, responses, tokenizer, sampling.stop)
+    texts, scores = _judged(reward, examples, responses, tokenizer, sampling)
     kept = _rows_with_a_score(scores, reward)
     scored = time.perf_counter()
     with enough_memory("scoring a rollout", "Lower ppo.microbatch_size, or ppo.minibatch_size where that is not set"):
@@ -124,11 +124,12 @@ def collect(
 
 
 def _judged(
-    reward: Reward, examples: Sequence[Encoded], responses: Responses, tokenizer: Any, stop: Sequence[str]
+    reward: Reward, examples: Sequence[Encoded], responses: Responses, tokenizer: Any, sampling: SamplingConfig
 ) -> tuple[list[str], RewardOutput]:
     """The responses as texts, behind the hints of their examples, and their scores."""
     hints = [e.prompt_ids[len(e.prompt_ids) - e.num_hint :] for e in examples]
-    texts = response_texts(tokenizer, responses, hints, stop=stop)
+    texts = response_texts(tokenizer, responses, hints, stop=sampling.stop)
+    reward.before_score(examples, sampling)
     # A bare prompt comes from no row, and so has no target; a row's may be the empty text.
     targets = [e.target if e.target or e.item else None for e in examples]
     return texts, reward.score(texts, targets, [e.prompt for e in examples], [e.item for e in examples])

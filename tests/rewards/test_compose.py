@@ -31,6 +31,42 @@ def weighted_sum(*components, **settings):
     return {"type": "weighted_sum", "components": list(components), **settings}
 
 
+def test_what_the_run_tells_a_reward_reaches_every_component():
+    heard = []
+
+    class Listening(Reward):
+        def _score_one(self, response, target, prompt, item):
+            return 0.0
+
+        def attach(self, host):
+            heard.append(("attach", host))
+
+        def before_score(self, examples, sampling):
+            heard.append(("before_score", examples, sampling))
+
+        def after_rollout(self, rollout):
+            heard.append(("after_rollout", rollout))
+
+        def before_evaluation(self, seed):
+            heard.append(("before_evaluation", seed))
+
+        def after_evaluation(self, rollouts):
+            heard.append(("after_evaluation", rollouts))
+
+        def evaluated(self):
+            heard.append(("evaluated",))
+
+    inner = {"type": "product", "components": [Listening(), {"type": "exact_match"}]}
+    outer = make_reward({"type": "weighted_sum", "components": [inner, Listening()]})
+    told = [
+        ("attach", 1), ("before_score", [2], 3), ("after_rollout", 4), ("before_evaluation", 5),
+        ("after_evaluation", [6]), ("evaluated",),
+    ]  # fmt: skip
+    for name, *arguments in told:
+        getattr(outer, name)(*arguments)
+    assert heard == [call for call in told for _ in range(2)]
+
+
 def test_weighted_sum_divides_by_the_sum_of_weights():
     reward = make_reward(weighted_sum(constant(1.0, weight=3), constant(0.0, weight=1)))
     assert reward("a") == 0.75
