@@ -3,6 +3,7 @@
 import pytest
 import torch
 from largest import Largest
+from preference_trainer import trainer_on
 from tiny import tiny_model
 
 from hybrid.core import Encoded
@@ -64,3 +65,24 @@ def test_the_hook_would_see_the_logits(policy, limit):
     with Largest() as largest:
         policy.backbone.model(responses().ids)
     assert largest.numel >= limit
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("dpo", {}),
+        ("dpo", {"kind": "simpo"}),
+        ("kto", {}),
+        ("distill_data", {"kind": "forward"}),
+        ("distill_data", {"kind": "jsd"}),
+    ],
+)
+def test_a_step_on_preferences_never_holds_the_logits(policy, limit, name, settings, tokenizer):
+    ids = [f"w{i % 70}" for i in range(RESPONSE)]
+    rows = [{"prompt": f"the w{i}", "chosen": " ".join(ids), "rejected": " ".join(ids[i + 1 :])} for i in range(ROWS)]
+    trainer = trainer_on(tokenizer, rows, model=policy.backbone.model, objectives={name: settings})
+    given = {"dpo": trainer.pairs, "kto": trainer.answers, "distill_data": trainer.batch}[name](rows)
+    with Largest() as largest:
+        term = trainer.objectives[name].term(given)
+        term.loss_of(term.rows)[0].backward()
+    assert 0 < largest.numel < limit
