@@ -132,8 +132,14 @@ def _check(learner: Learner, strategy: Strategy) -> None:
     """Refuse what the strategy cannot run with."""
     config = learner.config
     config.check_training(strategy)
-    if config.eval.patience is not None and not learner.corpus.eval:
+    held_out, watched = learner.corpus.held_out_preferences, config.eval.objective
+    if config.eval.patience is not None and not (held_out if watched else learner.corpus.eval):
         raise InputError("eval.patience needs held-out data: give eval_data, data.eval or data.eval_fraction")
+    if watched and not held_out:
+        raise InputError(
+            f"eval.metric {config.eval.metric!r} needs held-out data of its objective: give data.eval_fraction, or "
+            "where the preferences have a section of their own preference_data.eval_fraction"
+        )
     for name in {*strategy.objectives, *(["sft"] if strategy.needs_targets else [])}:
         learner.objectives[name].check()
     if strategy.rolls_out:

@@ -43,6 +43,7 @@ REPORT = "report.html"
 FINISHED = "finished.json"  # there while the run has nothing left to do
 # What the console shows of an evaluation; of a step the same names come first.
 SHOWN = ("reward", "kl", "sft_loss", "bleu", "chrf", "rouge_l", "token_f1", "exact_match")
+SHOWN_OF_OBJECTIVES = ("loss", "accuracy", "ece")  # as OBJECTIVE/NAME
 
 
 def open_run_folder(path: str | Path, *, beside: Sequence[str] = ()) -> Path:
@@ -307,12 +308,13 @@ class _Console:
     def show(self, row: Mapping[str, Any], losses: Mapping[str, str]) -> None:
         step, phase = row["step"], row["phase"]
         if phase == "eval":
+            names = [name for name in row if name in SHOWN or _is_shown_of_objective(name)]
             # While a progress line is up, rich prints this above it.
-            print(self._line(step, phase, {name: row[name] for name in SHOWN if name in row}), flush=True)
+            print(self._line(step, phase, {name: row[name] for name in names}), flush=True)
             return
         if self.first_step is None:
             self.first_step = step
-        keys = {"reward": "reward", "kl": "kl", **losses}
+        keys = {"reward": "reward", "kl": "kl", **losses, "accuracy": "accuracy"}
         self.last |= {name: row[key] for name, key in keys.items() if key in row}
         line = self._line(step, phase, self.last)
         if self.progress is not None:
@@ -335,6 +337,11 @@ class _Console:
     def _seconds_left(self, step: int, total_steps: int) -> float:
         done = step - (self.first_step or step) + 1
         return (time.monotonic() - self.start) / done * max(0, total_steps - step)
+
+
+def _is_shown_of_objective(name: str) -> bool:
+    objective, slash, measure = name.partition("/")
+    return bool(objective and slash) and measure in SHOWN_OF_OBJECTIVES
 
 
 def _clock(seconds: float) -> str:
