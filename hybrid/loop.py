@@ -283,8 +283,13 @@ class _Loop:
         rollout = learner.rollout(examples) if plan.needs_reward else learner.rollout(examples, scored=False)
         batches = {"sft": strategy.supervised(learner, examples)} if "sft" in plan.coefs else None
         rows = strategy.trained_rows(rollout, examples)
-        metrics = learner.take(plan, rollout, batches, rows=rows)
-        self._log_samples(plan.kind, sample_rows(rollout)[:NUM_SAMPLES])
+        metrics, samples = learner.take(plan, rollout, batches, rows=rows), sample_rows(rollout)[:NUM_SAMPLES]
+        if learner.reward is None:
+            # The zeros of responses that nobody has judged are no measure.
+            names = {"reward", "reward_std", "seconds_reward"}
+            metrics = {name: x for name, x in metrics.items() if name not in names and "reward/" not in name}
+            samples = [{**row, "reward": None, "components": {}} for row in samples]
+        self._log_samples(plan.kind, samples)
         return metrics
 
     def _evaluate(self) -> None:
