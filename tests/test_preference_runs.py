@@ -157,3 +157,20 @@ def test_what_pairs_were_rated_is_kept_at_every_evaluation(stories, tmp_path):
     before, after = ([row for row in rows if row["step"] == step] for step in (0, 6))
     assert all(abs(row["chosen_reward"]) < 1e-4 for row in before)
     assert sum(row["chosen_reward"] > row["rejected_reward"] for row in after) > len(after) / 2
+
+
+def test_metrics_that_two_objectives_have_are_told_apart(stories, tmp_path):
+    mixing = {"strategy": "blend", "coefs": {"dpo": 1.0, "reward_model": 0.5}, "steps": 2}
+    HybridTrainer(config=replace(config_of(stories, tmp_path / "a", "dpo"), mixing=mixing)).train()
+    rows = [row for row in logged_rows(tmp_path / "a" / "run") if row["phase"] == "joint"]
+    assert all("accuracy" not in row for row in rows)
+    assert rows[0]["dpo/accuracy"] == 0.5 != rows[0]["reward_model/accuracy"]
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_held_out_pairs_of_both_methods_have_one_reward(objective, stories, tmp_path):
+    trainer = HybridTrainer(config=config_of(stories, tmp_path / "a", objective))
+    trainer.train()
+    found = trainer.evaluate()
+    assert found[f"{objective}/accuracy"] > 0.5
+    assert found[f"{objective}/chosen_reward"] > found[f"{objective}/rejected_reward"]
