@@ -1,7 +1,7 @@
 """Objectives that learn from a rollout by its scores alone: the best against the worst, or the best imitated."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybrid.core import IGNORE, Batch, InputError, Pairs, Rollout, by_length
+from hybrid.core import IGNORE, Batch, Encoded, InputError, Pairs, Rollout, by_length
 from hybrid.data import collate_pairs
 from hybrid.functional import PreferenceKind, sft_loss
 from hybrid.models import response_stats
 from hybrid.objectives.accumulate import Loss
 from hybrid.objectives.dpo import DPO
-from hybrid.objectives.objective import Objective, Parts, register_objective
+from hybrid.objectives.objective import Measures, Objective, Parts, register_objective
 from hybrid.objectives.ppo_config import PPOConfig
 from hybrid.objectives.preference_config import PreferencesConfig
 
@@ -92,7 +92,13 @@ class SPIN(DPO):
         margin: float = 0.0,
     ):
         super().__init__(parts, preferences, kind, beta, label_smoothing, margin)
-        self.needs_reference = False  # its own, which the pairs bring along
+
+    def check(self) -> None:
+        Objective.check(self)  # its pairs bring their reference along
+
+    def evaluate(self, examples: Sequence[Encoded], batch_size: int) -> Measures:
+        """As `dpo`, against the first of the config's references; nothing where there is none."""
+        return super().evaluate(examples, batch_size) if self.parts.references else Measures({}, [])
 
     def rows(self) -> Iterator[Pairs]:
         return Objective.rows(self)

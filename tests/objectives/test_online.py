@@ -8,6 +8,7 @@ import torch
 from preference_trainer import PAIRS, trainer_on
 
 from hybrid import InputError, PPOConfig
+from hybrid.config import ReferenceConfig
 from hybrid.core import IGNORE
 from hybrid.objectives import shares
 from hybrid.objectives.online import batch_of, best_and_worst
@@ -87,6 +88,13 @@ def test_spin_draws_the_policy_to_the_targets_without_a_reward(tokenizer):
         batch = each.batch(PAIRS)
         found.append(float(each.objectives["sft"].loss_of(batch)(batch)[0].detach()))
     assert found[1] < found[0]
+
+
+@pytest.mark.parametrize("references", [(), (ReferenceConfig(),)])
+def test_spin_measures_held_out_pairs_where_there_is_a_reference(references, tokenizer):
+    trainer = trainer_on(tokenizer, references=references)
+    metrics, rows = trainer.objectives["spin"].evaluate(trainer.corpus.train, 4)
+    assert (len(rows), "accuracy" in metrics) == ((len(PAIRS), True) if references else (0, False))
 
 
 def test_a_target_that_the_policy_says_itself_makes_no_pair(trainer):
