@@ -152,14 +152,28 @@ def read_training_sets(
 def split_examples(examples: Sequence[Example], fraction: float, *, seed: int) -> tuple[list[Example], list[Example]]:
     """(train, eval): a random `fraction` of the examples, at least one where it is > 0, is held out.
 
+    Of preferences it is the fraction of the prompts: all that is known of one stays together.
     A pure function of the examples' order and the seed; both parts keep that order.
     """
-    count = max(1, round(fraction * len(examples))) if fraction else 0
-    if count and count >= len(examples):
-        raise InputError(f"holding out {fraction} of {len(examples)} examples leaves none to train on")
-    held_out = set(random.Random(seed).sample(range(len(examples)), count))
+    groups = _by_prompt(examples)
+    count = max(1, round(fraction * len(groups))) if fraction else 0
+    if count and count >= len(groups):
+        prompts = "" if len(groups) == len(examples) else f" (the number of their prompts is {len(groups)})"
+        raise InputError(f"holding out {fraction} of {len(examples)} examples{prompts} leaves none to train on")
+    held_out = {i for group in random.Random(seed).sample(range(len(groups)), count) for i in groups[group]}
     train = [example for i, example in enumerate(examples) if i not in held_out]
     return train, [examples[i] for i in sorted(held_out)]
+
+
+def _by_prompt(examples: Sequence[Example]) -> list[list[int]]:
+    """The numbers of the examples: preferences to one prompt together, other examples each alone."""
+    if all(e.rejected is None for e in examples):
+        return [[i] for i in range(len(examples))]
+    groups: dict[str, list[int]] = {}
+    for i, e in enumerate(examples):
+        start = e.messages[: e.num_prompt_messages]
+        groups.setdefault(repr((start or e.prompt, e.tools)), []).append(i)
+    return list(groups.values())
 
 
 def _filtered(placed: Sequence[Placed], name: str) -> list[Placed]:
