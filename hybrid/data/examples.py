@@ -205,7 +205,7 @@ def _keeps(keep: Callable[[Mapping[str, Any]], Any], row: Mapping[str, Any], whe
 def _mapped(
     placed: Sequence[Placed], config: DataConfig, name: str, *, drop: bool = True
 ) -> tuple[list[Example], str, Counter[str]]:
-    """The rows' examples, which column is what, and how many rows were no preferences, by the reason.
+    """The rows' examples, which column is what, and how many pairs were left out, by the reason.
 
     drop: whether these are left out; else they are an InputError.
     """
@@ -214,12 +214,18 @@ def _mapped(
     examples: list[Example] = []
     flaws: Counter[str] = Counter()
     for place, row in placed:
+        flawed: list[Flawed] = []
         try:
-            examples += layout.examples(row, place) if isinstance(layout, Ranked) else [layout.example(row, place)]
+            if isinstance(layout, Ranked):
+                made, flawed = layout.examples(row, place)
+                examples += made
+            else:
+                examples.append(layout.example(row, place))
         except Flawed as flaw:
-            if not drop:
-                raise
-            flaws[flaw.reason] += 1
+            flawed = [flaw]
+        if flawed and not drop:
+            raise flawed[0]
+        flaws.update(flaw.reason for flaw in flawed)
     unused = [column for column in columns_of(rows) if column not in (*layout.needs, *layout.takes)]
     return examples, layout.says() + (f"; unused columns: {listed(unused)}" if unused else ""), flaws
 

@@ -90,6 +90,16 @@ def test_equal_scores_make_no_pair():
     assert [(e.target, e.rejected.target) for e in examples] == [("z", "x"), ("z", "y")]
 
 
+def test_of_a_ranking_only_the_flawed_pairs_are_left_out():
+    row = {"prompt": "a", "responses": ["x", "x ", "", "z"], "scores": [1, 4, 3, 2]}
+    read = read_example_set([row], DataConfig(shuffle=False))
+    assert [(e.target, e.rejected.target) for e in read.examples] == [("x ", "z"), ("z", "x")]
+    assert [e.weight for e in read.examples] == [0.5, 0.5], "the ranking counts as one"
+    assert "left out 3 pairs with an empty side; left out 1 pair of equal sides" in read.said
+    with pytest.raises(InputError, match="row 1: a pair with an empty side"):
+        examples_from([row], DataConfig())
+
+
 def test_a_bad_answer_is_never_a_target():
     good, bad = read(
         {"prompt": "a", "completion": "b", "label": True}, {"prompt": "a", "completion": "c", "label": False}
