@@ -81,6 +81,8 @@ class SPIN(DPO):
 
     rolls_out = True
     needs_reward = False
+    # Held-out pairs are no opponent's answers.
+    evaluate = Objective.evaluate
 
     def __init__(
         self,

@@ -89,6 +89,14 @@ def test_spin_draws_the_policy_to_the_targets_without_a_reward(tokenizer):
     assert found[1] < found[0]
 
 
+def test_spin_runs_beside_held_out_pairs_which_it_does_not_measure(tokenizer):
+    trainer = trainer_on(
+        tokenizer, mixing={"strategy": "objective", "objective": "spin", "steps": 1}, given={"eval_data": PAIRS[:2]}
+    )
+    assert "sft_loss" in trainer.train()
+    assert not any(name.startswith("spin/") for name in trainer.evaluate())
+
+
 def test_a_target_that_the_policy_says_itself_makes_no_pair(trainer):
     rollout = trainer.rollout(trainer.corpus.train[:3])
     first = rollout.examples[0]
