@@ -239,7 +239,7 @@ class Learner(Supply):
         return self.batch_step({"sft": 1.0}, {"sft": batch})
 
     def preference_step(self, pairs: Pairs | Labelled | Iterable[Any], kind: str = "dpo") -> Metrics:
-        """One optimizer step of objective `kind` (dpo, kto, reward_model) on these pairs, or rows as in `train_data`.
+        """One optimizer step of objective `kind` (dpo, kto, reward_model) on pairs, or rows as in the preferences.
 
         Its settings are the config's `objectives.KIND`.
         """
