@@ -67,7 +67,8 @@ class KTO(Objective[Labelled]):
         return self.parts.answers(given)
 
     def term(self, rows: Labelled, coef: float = 1.0) -> Term[Labelled]:
-        return super().term(self._with_reference(rows), coef)
+        answers = rows if isinstance(rows, Labelled) else self.rows_of(rows)
+        return super().term(self._with_reference(answers), coef)
 
     def loss_of(self, whole: Labelled) -> Callable[[Labelled], Loss]:
         kl, share = self._kl(whole), float(whole.label.float().mean())

@@ -235,3 +235,19 @@ def test_without_other_data_a_prompt_is_one_of_the_preferences(tokenizer):
     assert trainer.config.data.template == own.template
     beside = trainer_on(tokenizer, PAIRS, preference_data=own, given={"preference_data": PAIRS})
     assert beside.corpus.prompt("the w1").prompt_ids == tuple(tokenizer.encode("the w1"))
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto", "reward_model"])
+def test_a_batch_of_the_loader_is_taken_for_the_pairs_in_it(tokenizer, name):
+    found = []
+    for given in (lambda made: made.batch(PAIRS), lambda made: PAIRS):
+        trainer = trainer_on(tokenizer, objectives={"reward_model": {}})
+        found.append(trainer.preference_step(given(trainer), name)["loss"])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("name", "other"), [("dpo", "answers"), ("reward_model", "answers"), ("kto", "pairs")])
+def test_rows_of_another_kind_are_refused(tokenizer, name, other):
+    trainer = trainer_on(tokenizer, objectives={"reward_model": {}})
+    with pytest.raises(InputError, match="expected a list of prompts or rows, got"):
+        trainer.preference_step(getattr(trainer, other)(PAIRS), name)
