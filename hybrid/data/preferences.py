@@ -131,10 +131,10 @@ class Ranked:
 
     def example(self, row: Row, where: str) -> Example:
         """The first of `examples`."""
-        return self.examples(row, where)[0]
+        return self.examples(row, where)[0][0]
 
-    def examples(self, row: Row, where: str) -> list[Example]:
-        """A pair each. Raises Flawed where no answer is better than another."""
+    def examples(self, row: Row, where: str) -> tuple[list[Example], list[Flawed]]:
+        """A pair each, and what is wrong with those that are none. Raises Flawed where there is no sound one."""
         texts, numbers = (self._listed(row, column, where) for column in (self.responses, self.scores))
         place = f"{where}: column {self.scores!r}"
         if len(texts) != len(numbers):
@@ -146,8 +146,16 @@ class Ranked:
             raise Flawed(where, "without an answer that is better than another")
         layout = Preferred(self.prompt, margin=None, weight=None, tools=None)
         sides = [{self.prompt: row.get(self.prompt), "chosen": texts[i], "rejected": texts[j]} for i, j in pairs]
-        made = [layout.example(side, where) for side in sides]
-        return [replace(example, item=row, weight=1 / len(pairs)) for example in made]
+        made: list[Example] = []
+        flaws: list[Flawed] = []
+        for side in sides:
+            try:
+                made.append(layout.example(side, where))
+            except Flawed as flaw:
+                flaws.append(flaw)
+        if not made:
+            raise flaws[0]
+        return [replace(example, item=row, weight=1 / len(made)) for example in made], flaws
 
     def _listed(self, row: Row, column: str, where: str) -> list[Any]:
         value = cell(row, column, where, LEAVE_OUT)

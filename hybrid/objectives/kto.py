@@ -69,7 +69,8 @@ class KTO(Objective[Labelled]):
         return self.parts.answers(given)
 
     def term(self, rows: Labelled, coef: float = 1.0) -> Term[Labelled]:
-        return super().term(self._with_reference(rows), coef)
+        answers = rows if isinstance(rows, Labelled) else self.rows_of(rows)
+        return super().term(self._with_reference(answers), coef)
 
     def evaluate(self, examples: Sequence[Encoded], batch_size: int) -> Measures:
         """Of held-out pairs, what `dpo` says but for its loss: both have the reward beta log(pi / ref)."""

@@ -6,7 +6,7 @@ import pytest
 from data.refusals import rows_refusal
 
 from hybrid.core import IGNORE, InputError
-from hybrid.data import DataConfig, encode, encode_all, read_example_set, read_examples
+from hybrid.data import DataConfig, encode, encode_all, read_example_set, read_examples, split_examples
 from hybrid.data.examples import examples_from
 
 USER = {"role": "user", "content": "two?"}
@@ -88,6 +88,16 @@ def test_a_ranking_becomes_pairs_that_count_as_one():
 def test_equal_scores_make_no_pair():
     examples = read({"prompt": "a", "responses": ["x", "y", "z"], "scores": [1, 1, 2]})
     assert [(e.target, e.rejected.target) for e in examples] == [("z", "x"), ("z", "y")]
+
+
+def test_of_a_ranking_only_the_flawed_pairs_are_left_out():
+    row = {"prompt": "a", "responses": ["x", "x ", "", "z"], "scores": [1, 4, 3, 2]}
+    read = read_example_set([row], DataConfig(shuffle=False))
+    assert [(e.target, e.rejected.target) for e in read.examples] == [("x ", "z"), ("z", "x")]
+    assert [e.weight for e in read.examples] == [0.5, 0.5], "the ranking counts as one"
+    assert "left out 3 pairs with an empty side; left out 1 pair of equal sides" in read.said
+    with pytest.raises(InputError, match="row 1: a pair with an empty side"):
+        examples_from([row], DataConfig())
 
 
 def test_a_bad_answer_is_never_a_target():
@@ -172,3 +182,26 @@ def test_a_pair_whose_longer_side_does_not_fit_is_left_out(characters, caplog):
     kept = encode_all(rows, characters(), DataConfig(template="none", max_length=20))
     assert [e.rejected.target for e in kept] == ["five"]
     assert "left out 1 of 2 training examples" in caplog.text
+
+
+RANKINGS = [{"prompt": f"q{i}", "responses": ["x", "y", "z"], "scores": [1, 3, 2]} for i in range(8)]
+REPEATED = [{"prompt": f"q{i}", "chosen": f"x{j}", "rejected": "y"} for j in range(3) for i in range(8)]
+JUDGED = [{"prompt": f"q{i}", "completion": f"x{j}", "label": j != 1} for j in range(3) for i in range(8)]
+TALKS = [
+    {"prompt": [{"role": "user", "content": f"q{i}"}], "chosen": f"x{j}", "rejected": "y"}
+    for j in range(3)
+    for i in range(8)
+]
+
+
+@pytest.mark.parametrize("rows", [RANKINGS, REPEATED, JUDGED, TALKS], ids=["rankings", "pairs", "labels", "messages"])
+def test_no_prompt_of_preferences_is_both_trained_on_and_held_out(rows):
+    train, held_out = split_examples(read(*rows), 0.25, seed=0)
+    prompts = [{e.prompt for e in part} for part in (train, held_out)]
+    assert [len(part) for part in (train, held_out)] == [18, 6]
+    assert [len(part) for part in prompts] == [6, 2] and not prompts[0] & prompts[1]
+
+
+def test_preferences_to_one_prompt_cannot_be_held_out():
+    with pytest.raises(InputError, match=r"0\.5 of 3 examples \(the number of their prompts is 1\)"):
+        split_examples(read(RANKINGS[0]), 0.5, seed=0)

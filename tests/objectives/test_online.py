@@ -97,6 +97,14 @@ def test_spin_measures_held_out_pairs_where_there_is_a_reference(references, tok
     assert (len(rows), "accuracy" in metrics) == ((len(PAIRS), True) if references else (0, False))
 
 
+def test_spin_runs_beside_held_out_pairs(tokenizer):
+    trainer = trainer_on(
+        tokenizer, mixing={"strategy": "objective", "objective": "spin", "steps": 1}, given={"eval_data": PAIRS[:2]}
+    )
+    assert "sft_loss" in trainer.train()
+    assert "spin/accuracy" in trainer.evaluate()
+
+
 def test_a_target_that_the_policy_says_itself_makes_no_pair(trainer):
     rollout = trainer.rollout(trainer.corpus.train[:3])
     first = rollout.examples[0]
