@@ -55,6 +55,24 @@ def test_messages_in_any_form_become_the_same_pair(row):
     assert example.num_prompt_messages == example.rejected.num_prompt_messages == 1
 
 
+def test_dialogues_may_put_a_system_turn_or_white_space_around_the_prompt_that_they_repeat():
+    system = {"role": "system", "content": "be brief"}
+    (example,) = read({"prompt": "two? ", "chosen": [system, USER, GOOD], "rejected": [system, USER, BAD]})
+    assert example.messages == (system, USER, GOOD) and example.num_prompt_messages == 2
+    assert example.rejected.messages == (system, USER, BAD)
+    other = {"prompt": "three?", "chosen": [USER, GOOD], "rejected": [USER, BAD]}
+    assert "column 'chosen' must begin and end with the assistant's turn" in rows_refusal([other])
+
+
+def test_a_csv_file_has_margins_that_are_missing_and_labels_of_zero_and_one(tmp_path):
+    (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected,margin\na,b,c,\nd,e,f,1.5\n")
+    pairs = read_examples(tmp_path / "pairs.csv", DataConfig(shuffle=False))
+    assert [e.margin for e in pairs] == [0.0, 1.5]
+    (tmp_path / "answers.csv").write_text("prompt,completion,good\na,b,1\nd,e,0\n")
+    answers = read_examples(tmp_path / "answers.csv", DataConfig(shuffle=False, label="good"))
+    assert [e.target for e in answers] == ["b", ""]
+
+
 def test_a_transcript_is_parted_behind_the_last_turn_that_both_sides_share():
     start = "\n\nHuman: a\n\nAssistant: b\n\nHuman: two?\n\nAssistant:"
     (example,) = read({"chosen": start + " f four", "rejected": start + " five"})
@@ -148,6 +166,9 @@ def test_a_flawed_pair_that_is_given_by_hand_is_refused():
         ({"prompt": "a", "responses": "xy", "scores": [1, 2]}, {}, "must hold a list"),
         ({"prompt": "a", "completion": "b", "label": "maybe"}, {"label": "label"}, "must be true or false"),
         ({**PAIR, "chosen": None}, {}, "'chosen' is null"),
+        ({"question": " ", "chosen": "a", "rejected": "b"}, {}, "column 'question' is empty"),
+        ({"prompt": "a", "completion": "b", "label": [1]}, {"label": "label"}, "must be true or false, got [1]"),
+        ({"chosen": "a", "rejected": "b"}, {}, "leave such rows out with data.filter"),
     ],
 )
 def test_what_cannot_be_a_preference_is_refused(row, settings, message):
