@@ -25,6 +25,7 @@ from hybrid.data import (
     filler_id,
     read_rows,
 )
+from hybrid.models import template_of
 
 __all__ = ["Corpus", "ExampleSets", "encoded_corpus"]
 
@@ -81,6 +82,10 @@ class Corpus:
     def held_out_preferences(self) -> list[Encoded]:
         """The same, held out."""
         return self.own_preference_eval if self.has_own_preferences else self.eval
+
+    def reward_template(self) -> str:
+        """The chat template of a reward model of these preferences; see `template_of`."""
+        return template_of(self.preference_config, self.tokenizer, self.pairs)
 
     def check_fingerprint(self, other: Mapping[str, str] | None) -> None:
         """Refuse (InputError) to go on from a state that was saved with other data. None: with data not known."""

@@ -18,7 +18,7 @@ from hybrid.evaluate import evaluate
 from hybrid.functional import PreferenceKind
 from hybrid.host import RunHost
 from hybrid.mixing import Plan, Strategy, make_strategy
-from hybrid.models import Policy, template_of
+from hybrid.models import Policy
 from hybrid.objectives import (
     Objectives,
     Term,
@@ -122,7 +122,7 @@ class Learner(Supply):
         self.config = config
         wants = [objective_class(name) for name in {*self.strategy.objectives, *config.objectives}]
         scores = any(objective.needs_reward_head for objective in wants)
-        self.reward_template = template_of(self.corpus.preference_config, self.tokenizer) if scores else None
+        self.reward_template = self.corpus.reward_template() if scores else None
         for other in config.references:
             if other.model is not None and reference is None:
                 model_context(other.model)
