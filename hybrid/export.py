@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from hybrid.setup import build_policy, load_tokenizer
 __all__ = ["export", "export_policy", "export_run", "model_card"]
 
 CARD = "README.md"
+STATISTICS = {"score_mean": "reward_mean", "score_std": "reward_std"}
 REWARD_MODEL = "reward_model"  # the folder in a run's
 PACKAGES = ("hybrid-trainer", "torch", "transformers", "peft", "bitsandbytes")
 JUDGING = f"""from hybrid import RewardModel
@@ -64,7 +65,12 @@ def export(run: str | Path, folder: str | Path, *, checkpoint: str | None = None
     if policy.reward_head is not None:
         own = of_run.data if of_run.preference_data.train is None else of_run.preference_data
         template = template_of(own, tokenizer)
-        save_reward_model(policy, folder / REWARD_MODEL, tokenizer=tokenizer, chat_template=template)
+        # As the run measured them at that step; there may have been no evaluation then.
+        measured = next((row for row in reversed(rows_of(run, until=step)["eval"]) if row["step"] == step), {})
+        found = {name: measured[f"reward_model/{name}"] for name in STATISTICS if f"reward_model/{name}" in measured}
+        save_reward_model(
+            policy, folder / REWARD_MODEL, tokenizer=tokenizer, chat_template=template, statistics=_statistics(found)
+        )
     return folder
 
 
@@ -82,12 +88,16 @@ def export_reward_model(learner: Learner, folder: Path) -> None:
     found = learner.objectives["reward_model"].evaluate(
         learner.corpus.held_out_preferences[: learner.config.eval.num_examples], learner.config.eval.batch_size
     )
-    names = {"reward_mean": "score_mean", "reward_std": "score_std"}
     assert learner.reward_template is not None
     save_reward_model(
         learner.policy, folder, tokenizer=learner.tokenizer, chat_template=learner.reward_template,
-        statistics={name: found.metrics[of] for name, of in names.items() if of in found.metrics},
+        statistics=_statistics(found.metrics),
     )  # fmt: skip
+
+
+def _statistics(measured: Mapping[str, float]) -> dict[str, float]:
+    """What config.json calls the measures of a reward model's held-out scores."""
+    return {name: measured[measure] for measure, name in STATISTICS.items() if measure in measured}
 
 
 def export_policy(policy: Policy, tokenizer: Any, folder: str | Path, *, card: str) -> None:

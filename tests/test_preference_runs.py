@@ -100,6 +100,11 @@ def test_a_checkpoint_of_a_reward_model_is_exported_with_it(stories, tmp_path):
     text = [" a good dog."], ["The dog was"]
     scores = [RewardModel.from_pretrained(folder / "reward_model").score(*text) for folder in (run, out)]
     assert torch.equal(*scores)
+    raw, normalized = (
+        make_reward({"type": "reward_model", "path": str(out / "reward_model"), "normalized": of}).score(*text[:1])
+        for of in (False, True)
+    )
+    assert raw != normalized, "the run's evaluation of that step says how scores are distributed"
     assert main(["export", str(run), str(tmp_path / "again")]) == 0
     assert torch.equal(RewardModel.from_pretrained(tmp_path / "again" / "reward_model").score(*text), scores[0])
 
