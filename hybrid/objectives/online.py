@@ -95,6 +95,11 @@ class SPIN(DPO):
 
     def check(self) -> None:
         Objective.check(self)  # its pairs bring their reference along
+        if not any(example.has_target for example in self.parts.loader.examples):
+            raise InputError(
+                f"objective {self.name!r} sets targets against the policy's responses, and no training example has "
+                "one: name their column with data.target"
+            )
 
     def evaluate(self, examples: Sequence[Encoded], batch_size: int) -> Measures:
         """As `dpo`, against the first of the config's references; nothing where there is none."""
@@ -111,14 +116,16 @@ class SPIN(DPO):
         pairs = []
         for row, example in enumerate(rollout.examples):
             answer = rollout.input_ids[row, rollout.prompt_length :][rollout.mask[row]].tolist()
-            labels = [IGNORE] * len(example.prompt_ids) + answer
-            said = replace(example, input_ids=(*example.prompt_ids, *answer), labels=tuple(labels), rejected=None)
-            if example.has_target and said.input_ids != example.input_ids:
-                pairs.append(replace(example, rejected=said, weight=1.0))
-        if not pairs:
-            raise InputError(
-                f"objective {self.name!r}: no prompt of a rollout has a target that differs from the response"
+            untrained = (IGNORE,) * len(example.prompt_ids)
+            said = replace(
+                example, input_ids=(*example.prompt_ids, *answer), labels=(*untrained, *answer), rejected=None
             )
+            # Of plain text the prompt is trained too, which the response has not said.
+            target = replace(example, labels=(*untrained, *example.labels[len(untrained) :]), rejected=said, weight=1.0)
+            if target.has_target and said.input_ids != example.input_ids:
+                pairs.append(target)
+        if not pairs:
+            return Pairs(batch_of(rollout, rollout.score.new_zeros(0).long()), rollout.score[:0], rollout.score[:0])
         found = self.parts.pairs(collate_pairs(pairs, pad_id=0))
         opponent = self._own_logprob(replace(found, temperature=rollout.temperature))
         return replace(found, temperature=rollout.temperature, ref_logprob=opponent)
