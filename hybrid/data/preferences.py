@@ -106,6 +106,8 @@ class Preferred:
 
     def _side(self, row: Row, column: str, where: str) -> Any:
         value = cell(row, column, where, LEAVE_OUT)
+        if is_list(value) and not len(value) and column != self.prompt:
+            raise Flawed(where, "with an empty side")
         # A whole dialogue may be JSON, as CSV files have it; of an answer alone that may be what was said.
         if is_list(value) or (self.prompt is None and isinstance(value, str) and value.startswith("[{")):
             return messages_of(value, f"{where}: column {column!r}")
@@ -243,8 +245,14 @@ def _check_sides(best: Example, other: Example, where: str) -> None:
 
 
 def _answer(example: Example) -> Any:
-    """What tells one answer from another."""
-    return example.messages[example.num_prompt_messages :] if example.messages else example.target.strip()
+    """What tells one answer from another, but for the white space around it; nothing where nothing is said."""
+    if not example.messages:
+        return example.target.strip()
+    turns = [dict(turn) for turn in example.messages[example.num_prompt_messages :]]
+    for turn in turns:
+        if isinstance(turn.get("content"), str):
+            turn["content"] = turn["content"].strip()
+    return turns if any(turn.get("content") or turn.get("tool_calls") for turn in turns) else None
 
 
 def _messages(side: Any) -> tuple[Mapping[str, Any], ...]:

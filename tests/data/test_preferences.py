@@ -143,6 +143,17 @@ def test_flawed_pairs_are_left_out_and_counted():
     assert "left out 2 pairs with an empty side" in read.said
 
 
+def test_flawed_pairs_of_messages_are_left_out_and_counted():
+    pair = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
+    others = [[{**GOOD, "content": "four "}], [{**BAD, "content": ""}], [{**BAD, "content": " "}], []]
+    read = read_example_set([pair, *({**pair, "rejected": other} for other in others)], DataConfig())
+    assert len(read.examples) == 1
+    assert "left out 1 pair of equal sides" in read.said
+    assert "left out 3 pairs with an empty side" in read.said
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+    assert len(read_examples([{**pair, "chosen": [call]}], DataConfig())) == 1, "a call of a tool is an answer"
+
+
 def test_data_without_a_sound_pair_are_refused_with_the_reason():
     assert "no row is left of 1: left out 1 pair of equal sides" in rows_refusal([{**PAIR, "rejected": "four"}])
 
