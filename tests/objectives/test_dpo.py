@@ -251,3 +251,8 @@ def test_rows_of_another_kind_are_refused(tokenizer, name, other):
     trainer = trainer_on(tokenizer, objectives={"reward_model": {}})
     with pytest.raises(InputError, match="expected a list of prompts or rows, got"):
         trainer.preference_step(getattr(trainer, other)(PAIRS), name)
+
+
+def test_held_out_preferences_without_their_training_data_are_refused(tokenizer):
+    with pytest.raises(InputError, match=r"preference_data\.eval without preference_data\.train"):
+        trainer_on(tokenizer, preference_data=DataConfig(eval="pairs.jsonl"))
