@@ -106,6 +106,8 @@ class Preferred:
 
     def _side(self, row: Row, column: str, where: str) -> Any:
         value = cell(row, column, where, LEAVE_OUT)
+        # An answer that is one message may stand alone.
+        value = [value] if isinstance(value, Mapping) and column != self.prompt else value
         if is_list(value) and not len(value) and column != self.prompt:
             raise Flawed(where, "with an empty side")
         # A whole dialogue may be JSON, as CSV files have it; of an answer alone that may be what was said.

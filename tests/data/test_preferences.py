@@ -42,6 +42,7 @@ def test_columns_of_other_names_are_taken_by_the_config():
         {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
         {"prompt": [USER], "chosen": "four", "rejected": "five"},
         {"prompt": "two?", "chosen": [GOOD], "rejected": [BAD]},
+        {"prompt": "two?", "chosen": GOOD, "rejected": {"from": "gpt", "value": "five"}},
         {"prompt": "two?", "chosen": [USER, GOOD], "rejected": [USER, BAD]},  # the prompt is said twice
         {"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
         {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
