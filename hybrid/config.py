@@ -14,7 +14,15 @@ from hybrid.data import DataConfig
 from hybrid.evaluate import EvalConfig
 from hybrid.mixing import Strategy, make_strategy
 from hybrid.models import LoraConfig, require
-from hybrid.objectives import GradientConfig, PPOConfig, Precision, PreferencesConfig, SFTConfig, check_objectives
+from hybrid.objectives import (
+    GradientConfig,
+    PPOConfig,
+    Precision,
+    PreferencesConfig,
+    SFTConfig,
+    check_objectives,
+    objective_class,
+)
 from hybrid.optim import check_optimizer, check_scheduler, plateau_mode
 from hybrid.rollout import KLConfig, RolloutConfig, SamplingConfig, ScoreConfig
 from hybrid.run import CheckpointConfig, write_file
@@ -168,9 +176,11 @@ class HybridConfig:
         if not strategy.rolls_out:
             return
         if self.reward is None and strategy.needs_reward:
-            raise InputError("config: reward is missing, which PPO steps need; give one, or leave PPO out of mixing")
+            kinds = {name: objective_class(name) for name in sorted(strategy.objectives)}
+            needing = ", ".join(name for name, kind in kinds.items() if kind.rolls_out and kind.needs_reward)
+            raise InputError(f"config: reward is missing, which {needing} needs; give one, or leave it out of mixing")
         if not self.sampling.temperature:
-            raise InputError("config: sampling.temperature must be > 0: PPO learns from what was drawn")
+            raise InputError("config: sampling.temperature must be > 0: a rollout is learnt from as it was drawn")
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> "HybridConfig":

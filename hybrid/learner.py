@@ -273,9 +273,9 @@ class Learner(Supply):
         """
         reward = self.reward if scored or self.reward is not None else Unjudged()
         if reward is None:
-            raise InputError("PPO needs a reward: give HybridTrainer(reward=...) or the config's `reward`")
+            raise InputError("a rollout needs a reward: give HybridTrainer(reward=...) or `reward`, or scored=False")
         if not self.config.sampling.temperature:
-            raise InputError("a rollout needs sampling.temperature > 0: PPO learns from what was drawn")
+            raise InputError("a rollout needs sampling.temperature > 0: it is learnt from as it was drawn")
         with self.autocast():
             rollout = collect(
                 self.policy,
