@@ -1,6 +1,7 @@
 """Log-probs of answers under the reference: of a fixed data set computed once, and kept."""
 
 import hashlib
+import json
 import time
 from array import array
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ __all__ = ["ReferenceLogprob", "answer_logprob"]
 
 FOLDER = "reference_logprob"
 BATCH_SIZE = 32
+NOT_THE_MODELS = ("_name_or_path", "transformers_version")  # of its config: where it lay, and who wrote it
 
 
 @torch.no_grad()
@@ -102,7 +104,9 @@ class ReferenceLogprob:
 
     def _digest(self, examples: Sequence[Encoded]) -> str:
         """Of all that the log-probs depend on."""
-        digest, model = hashlib.sha256(), self.reference.backbone.model
+        model = self.reference.backbone.model
+        settings = {name: x for name, x in model.config.to_dict().items() if name not in NOT_THE_MODELS}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         for name, x in model.state_dict().items():
             if ".lora_" not in name:
                 digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
