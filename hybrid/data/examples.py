@@ -5,6 +5,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from hybrid.core import IGNORE, Example, InputError, first_line, load_object
@@ -101,12 +102,15 @@ def read_example_set(source: Any, config: DataConfig, *, seed: int = 0, name: st
         notes.append(f"{num_bad:,} {'answer is' if num_bad == 1 else 'answers are'} bad, and never imitated")
     if num_prompts := sum(not _has_target(e) and e.rejected is None for e in examples):
         notes.append(f"{num_prompts:,} without a target, for rollouts only")
+    # A ranking is one row and several examples, which stay together.
+    of_rows = [list(of_row) for _, of_row in groupby(examples, key=lambda e: id(e.item))]
     if config.shuffle:
-        random.Random(seed).shuffle(examples)
-    if config.limit is not None and config.limit < len(examples):
-        notes.append(f"the first {config.limit:,} of {len(examples):,} (data.limit)")
+        random.Random(seed).shuffle(of_rows)
+    if config.limit is not None and config.limit < len(of_rows):
+        notes.append(f"the first {config.limit:,} of {len(of_rows):,} (data.limit)")
     of = "" if title == "data" else f" of {title}"
-    return ExampleSet(examples[: config.limit], "; ".join([f"{of}: {said}", *notes]), num_blank)
+    taken = [e for of_row in of_rows[: config.limit] for e in of_row]
+    return ExampleSet(taken, "; ".join([f"{of}: {said}", *notes]), num_blank)
 
 
 def data_line(count: int, what: str, said: str) -> str:

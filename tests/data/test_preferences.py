@@ -110,6 +110,13 @@ def test_a_ranking_becomes_pairs_that_count_as_one():
     assert [(e.target, e.rejected.target) for e in by_rank] == [(e.target, e.rejected.target) for e in examples]
 
 
+def test_a_limit_takes_whole_rankings():
+    rows = [{"prompt": f"p{i}", "responses": ["x", "y", "z"], "scores": [1, 3, 2]} for i in range(4)]
+    examples = read_examples(rows, DataConfig(limit=2))
+    assert len(examples) == 6 and len({e.prompt for e in examples}) == 2
+    assert sum(e.weight for e in examples) == pytest.approx(2)
+
+
 def test_equal_scores_make_no_pair():
     examples = read({"prompt": "a", "responses": ["x", "y", "z"], "scores": [1, 1, 2]})
     assert [(e.target, e.rejected.target) for e in examples] == [("z", "x"), ("z", "y")]
