@@ -208,7 +208,7 @@ def _keeps(keep: Callable[[Mapping[str, Any]], Any], row: Mapping[str, Any], whe
 def _mapped(
     placed: Sequence[Placed], config: DataConfig, name: str, *, drop: bool = True
 ) -> tuple[list[list[Example]], str, Counter[str]]:
-    """Each row's examples (of a ranking several), which column is what, and how many pairs were left out, by the reason.
+    """Each row's examples (a ranking has several), which column is what, and how many pairs were left out, and why.
 
     drop: whether these are left out; else they are an InputError.
     """
