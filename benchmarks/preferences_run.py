@@ -179,7 +179,8 @@ def train_judge(size: Size, config: HybridConfig) -> dict[str, Any]:
         return {"seed": config.run.seed, "commit": commit(), **taken, "metrics": measured_pairs(trainer)}
 
     about = {"config": config.written(), "budget": size.budget}
-    return {**kept(folder.with_suffix(".json"), about, made), "folder": str(folder / "reward_model")}
+    # Not with_suffix: a learning rate in the name has a point.
+    return {**kept(folder.parent / f"{folder.name}.json", about, made), "folder": str(folder / "reward_model")}
 
 
 def measured_pairs(trainer: Any) -> dict[str, float]:

@@ -163,10 +163,11 @@ def test_a_finished_run_is_taken_as_it_is_and_made_again_with_other_settings(tmp
 
 
 def test_a_reward_model_that_was_stopped_is_made_anew_and_a_finished_one_kept(prepared, tmp_path):
-    config = judge_config(prepared, tmp_path / "judge", seed=0)
-    (tmp_path / "judge").mkdir()
-    (tmp_path / "judge" / "metrics.jsonl").write_text("{}\n")  # of a run that was killed
+    config, another = (judge_config(prepared, tmp_path / f"judge-{lr}", seed=0, lr=lr) for lr in (0.1, 0.2))
+    (tmp_path / "judge-0.1").mkdir()
+    (tmp_path / "judge-0.1" / "metrics.jsonl").write_text("{}\n")  # of a run that was killed
     first = train_judge(Size(budget=1), config)
+    train_judge(Size(budget=1), another)
     weights = Path(first["folder"]) / "model.safetensors"
     began = weights.stat().st_mtime_ns
     assert train_judge(Size(budget=1), config) == first
