@@ -32,18 +32,27 @@ from benchmarks.kept import in_processes, kept  # noqa: E402
 from benchmarks.preferences_hh import FILE, reward_model_on_hh  # noqa: E402
 from benchmarks.preferences_pairs import Prepared, Size, preferences  # noqa: E402
 from benchmarks.preferences_report import draw, hh_table, judge_table, sweep_table, table  # noqa: E402
-from benchmarks.preferences_run import ARMS, MEMBERS, RATES, arm_config, judge_config, run, train_judge  # noqa: E402
+from benchmarks.preferences_run import (  # noqa: E402
+    ARMS,
+    MEMBERS,
+    arm_config,
+    judge_config,
+    judge_of,
+    rate_of,
+    run,
+    train_judge,
+)
 from benchmarks.stamp import commit, stamp  # noqa: E402
 
 RESULT, PICTURE = HERE / "results" / "preferences-cpu.json", HERE.parent / "docs" / "preferences.png"
-SWEEP_SEED, SWEPT = 100, (1e-4, 3e-4, 1e-3)
+SWEEP_SEED, SWEPT = 100, (3e-5, 1e-4, 3e-4)
 QUICK = Size(budget=2_500, points=(0.5,), steps=20, prompts=12, pairs_per_prompt=4)
 Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run.   arm: or "reward_model", of which a seed has several, `member`s.
+    """One run.   arm: or a kind of reward model, of which a seed has several, `member`s.
 
     lr: of the sweep; None: the arm's own.   judges: folders of the reward models, which are there by then.
     """
@@ -71,16 +80,19 @@ def main() -> None:
     prepared = {seed: preferences(size, work, seed, part="test") for seed in range(arguments.seeds)}
     judges = _results(
         [
-            Job(size, work, of_seed, "reward_model", seed, member)
+            Job(size, work, of_seed, kind, seed, member)
+            for kind in dict.fromkeys(judge_of(arm) for arm in arguments.arms)
             for seed, of_seed in prepared.items()
             for member in range(MEMBERS)
         ],
         arguments.jobs,
     )
-    folders = {seed: tuple(Path(j["folder"]) for j in judges if j["seed"] == seed) for seed in prepared}
+    folders: dict[tuple[int, str], list[Path]] = {}
+    for judge in judges:
+        folders.setdefault((judge["seed"], judge["arm"]), []).append(Path(judge["folder"]))
     runs = _results(
         [
-            Job(size, work, of_seed, arm, seed, judges=folders[seed])
+            Job(size, work, of_seed, arm, seed, judges=tuple(folders[seed, judge_of(arm)]))
             for seed, of_seed in prepared.items()
             for arm in arguments.arms
         ],
@@ -104,7 +116,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--work", default="runs/preferences", help="folder of data, models and finished runs")
     parser.add_argument("--hh-model", type=Path, help="folder of SmolLM2-135M; None: models/smollm2, made from PyPI's")
     parser.add_argument("--sweep", action="store_true", help="only measure the learning rates")
-    parser.add_argument("--quick", action="store_true", help="a 60th of the budget; writes no result")
+    parser.add_argument("--quick", action="store_true", help="a 40th of the budget; writes no result")
     return parser.parse_args()
 
 
@@ -113,8 +125,8 @@ def _sweep(size: Size, work: Path, arms: Sequence[str], processes: int) -> list[
     prepared = preferences(size, work, SWEEP_SEED, part="validation")
     judges = _results([Job(size, work, prepared, "reward_model", SWEEP_SEED, lr=lr) for lr in SWEPT], processes)
     best = max(judges, key=lambda judge: judge["metrics"]["accuracy"])
-    # An ensemble's arm has the rate of the one without: it differs in the reward alone.
-    swept = [arm for arm in arms if not arm.endswith("ensemble")]
+    # Arms that differ in the judge alone have one rate.
+    swept = [arm for arm in arms if not arm.endswith(("_ensemble", "_few"))]
     runs = _results(
         [
             Job(replace(size, points=()), work, prepared, arm, SWEEP_SEED, lr=lr, judges=(Path(best["folder"]),))
@@ -141,12 +153,13 @@ def _results(jobs: Sequence[Job], processes: int) -> list[Result]:
 
 def _result(job: Job) -> Result:
     """Of a finished run of the same settings, or of a new one."""
-    named = {"name": job.name, "arm": job.arm, "seed": job.seed, "lr": RATES[job.arm] if job.lr is None else job.lr}
-    if job.arm == "reward_model":
+    named = {"name": job.name, "arm": job.arm, "seed": job.seed, "lr": rate_of(job.arm) if job.lr is None else job.lr}
+    if job.arm.startswith("reward_model"):
         # Seeds of the members that no other seed of the study has.
         seed, output = job.seed + 1000 * job.member, job.work / "judges" / job.name
-        config = judge_config(job.prepared, output, seed=seed, lr=job.lr)
-        return {**train_judge(job.size, config), **named, "member": job.member}
+        config = judge_config(job.arm, job.prepared, output, seed=seed, lr=job.lr)
+        share = job.size.few_share if job.arm.endswith("few") else 1.0
+        return {**train_judge(config, round(share * job.size.budget)), **named, "member": job.member}
     config = arm_config(job.arm, job.prepared, job.judges, seed=job.seed, lr=job.lr)
     about = {"config": config.written(), "budget": job.size.budget, "points": list(job.size.points)}
 

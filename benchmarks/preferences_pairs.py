@@ -27,14 +27,16 @@ class Size:
 
     budget: tokens that an arm is trained on, and a reward model.   points: shares of it at which an arm is measured.
     steps: of the base model's training.   prompts: of each part that are used; None: all.
+    few_share: of the pairs, and of the budget, that the weak reward models are trained on.
     """
 
-    budget: int = 150_000
+    budget: int = 100_000
     points: tuple[float, ...] = field(default=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4))
     steps: int = 300
     prompts: int | None = None
     pairs_per_prompt: int = 2
     flip_share: float = 0.1
+    few_share: float = 0.1
 
     @property
     def task(self) -> Task:
@@ -46,12 +48,14 @@ class Size:
 class Prepared:
     """What the runs of one seed share.
 
-    base: folder of the model that all start from.   train, held_out: files of pairs.   prompts: of held-out reviews.
+    base: folder of the model that all start from.   prompts: file of held-out reviews.
+    train, few, held_out: files of pairs, `few` the beginning of `train`.
     counts: what became of the pairs, by file.
     """
 
     base: Path
     train: str
+    few: str
     held_out: str
     prompts: str
     counts: dict[str, dict[str, int]]
@@ -67,27 +71,30 @@ def preferences(size: Size, work: Path, seed: int, *, part: str) -> Prepared:
     files = {"train": made_of.files["train"], "held_out": made_of.files[part]}
 
     def made() -> dict[str, Any]:
-        return {"counts": {name: _written(size, made_of, source, folder / f"{name}.jsonl", seed)
-                           for name, source in files.items()}}  # fmt: skip
+        rows = {name: _sampled(size, made_of, source, seed) for name, source in files.items()}
+        rows["few"] = rows["train"][: round(size.few_share * len(rows["train"]))]
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, of_file in rows.items():
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in of_file)
+            (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        return {
+            "counts": {
+                name: {"pairs": len(of_file), "flipped": sum(row["is_flipped"] for row in of_file)}
+                for name, of_file in rows.items()
+            }
+        }
 
     about = {"size": json.loads(json.dumps(asdict(size))), "files": files}
     counts = kept(folder / "pairs.json", about, made)["counts"]
-    train, held_out = (str(folder / f"{name}.jsonl") for name in files)
-    return Prepared(made_of.base, train, held_out, made_of.files[part], counts)
+    train, few, held_out = (str(folder / f"{name}.jsonl") for name in ("train", "few", "held_out"))
+    return Prepared(made_of.base, train, few, held_out, made_of.files[part], counts)
 
 
-def _written(size: Size, work: Work, source: str, file: Path, seed: int) -> dict[str, int]:
-    """Write the pairs to the prompts of a file of reviews; returns how many there are of each kind."""
+def _sampled(size: Size, work: Work, source: str, seed: int) -> list[Row]:
+    """Pairs of answers to the prompts of a file of reviews, with the wrong labels among them."""
     prompts = list(dict.fromkeys(row["prompt"] for row in read_rows(source)))[: size.prompts]
-    sampled = pairs(work.base, prompts * size.pairs_per_prompt, seed=seed)
-    rows = flipped(sampled, size.flip_share, seed=seed)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return {
-        "pairs": len(rows),
-        "ties": len(prompts) * size.pairs_per_prompt - len(rows),
-        "flipped": sum(row["is_flipped"] for row in rows),
-    }
+    rows = pairs(work.base, prompts * size.pairs_per_prompt, seed=seed)
+    return flipped(rows, size.flip_share, seed=seed)
 
 
 def pairs(base: Path, prompts: Sequence[str], *, seed: int) -> list[Row]:

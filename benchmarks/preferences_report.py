@@ -7,10 +7,12 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.mixing_report import by, interval, markdown, number
+from benchmarks.mixing_tasks import TASKS
 
 __all__ = ["draw", "hh_table", "judge_table", "mean_curve", "sweep_table", "table", "wilson"]
 
 Z95 = 1.959964
+KL_COEF = TASKS["reviews"].kl_coef  # of the sweep: gold reward that a nat of KL costs, as in the mixing study
 COLUMNS = {
     "gold": "gold reward",
     "judge": "judge's reward",
@@ -34,9 +36,10 @@ def wilson(right: float, count: int) -> dict[str, float]:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """Markdown: the base model and every arm at the end of its budget, the judge being the seed's first reward model.
+    """Markdown: the base model and every arm at the end of its budget.
 
-    best gold: the highest mean over seeds on the way, and the tokens by then.   sqrt(KL) is what the picture has.
+    judge: the first of the reward models that the arm learns from, the seed's first where it learns from none.
+    best gold: the highest mean over seeds on the way, and the tokens by then.
     """
     titles = ["arm", "lr", *COLUMNS.values(), "best gold on the way", "kTokens trained + sampled", "seconds"]
     lines = [titles, ["---"] * len(titles)]
@@ -78,16 +81,17 @@ def judge_table(judges: Sequence[Run]) -> str:
         "clean_ece": "ECE, right labels",
         "ece": "ECE, labels as they are",
     }
-    titles = ["reward models", *names.values(), "held-out pairs", "kTokens", "seconds"]
-    counts = [
-        fmean(judge["metrics"]["num_pairs"] for judge in judges),
-        fmean(judge["tokens"]["trained"] for judge in judges) / 1000,
-        fmean(judge["cpu_seconds"] for judge in judges),
-    ]
-    numbers = [number(*_over_seeds(judges, name)) for name in names]
-    return markdown(
-        [titles, ["---"] * len(titles), [str(len(judges)), *numbers, *(f"{count:.0f}" for count in counts)]]
-    )
+    titles = ["reward models", "", *names.values(), "held-out pairs", "kTokens", "seconds"]
+    lines = [titles, ["---"] * len(titles)]
+    for kind, own in by(judges, "arm").items():
+        counts = [
+            fmean(judge["metrics"]["num_pairs"] for judge in own),
+            fmean(judge["tokens"]["trained"] for judge in own) / 1000,
+            fmean(judge["cpu_seconds"] for judge in own),
+        ]
+        numbers = [number(*_over_seeds(own, name)) for name in names]
+        lines.append([kind, str(len(own)), *numbers, *(f"{count:.0f}" for count in counts)])
+    return markdown(lines)
 
 
 def _over_seeds(judges: Sequence[Run], name: str) -> tuple[float, float]:
@@ -112,8 +116,11 @@ def _wilson_cells(found: Mapping[str, float]) -> list[str]:
 
 
 def sweep_table(runs: Sequence[Run]) -> str:
-    """Markdown: what each learning rate gave at the end, on validation data; the best in bold."""
-    titles = ["arm", "learning rate", "accuracy", "gold reward", "judge's reward", "KL", "SFT loss"]
+    """Markdown: what each learning rate gave at the end, on validation data; the best in bold.
+
+    Of an arm by gold reward - KL_COEF * KL: the reward alone would favour a policy that has forgotten the language.
+    """
+    titles = ["arm", "learning rate", "accuracy", "gold reward", "judge's reward", "KL", "SFT loss", "chosen by"]
     lines = [titles, ["---"] * len(titles)]
     for arm, own in by(runs, "arm").items():
         best = max(own, key=_goal)
@@ -121,13 +128,16 @@ def sweep_table(runs: Sequence[Run]) -> str:
             end = run["metrics"] if "metrics" in run else run["curve"][-1]
             rate = f"**{run['lr']:g}**" if run is best else f"{run['lr']:g}"
             names = ("accuracy", "gold", "judge", "kl", "sft_loss")
-            lines.append([arm, rate, *(f"{end[name]:.3f}" if name in end else "" for name in names)])
+            cells = [f"{end[name]:.3f}" if name in end else "" for name in names]
+            lines.append([arm, rate, *cells, f"{_goal(run):.3f}"])
     return markdown(lines)
 
 
 def _goal(run: Run) -> float:
     """What a run of the sweep is chosen by: of a reward model its accuracy by the labels as they are."""
-    return float(run["metrics"]["accuracy"] if "metrics" in run else run["curve"][-1]["gold"])
+    if "metrics" in run:
+        return float(run["metrics"]["accuracy"])
+    return float(run["curve"][-1]["gold"] - KL_COEF * run["curve"][-1]["kl"])
 
 
 def draw(runs: Sequence[Run], file: Path) -> None:
@@ -139,17 +149,20 @@ def draw(runs: Sequence[Run], file: Path) -> None:
     from PIL import Image
 
     figure, panels = pyplot.subplots(1, 2, figsize=(12, 5.2), layout="constrained", sharex=True)
-    titles = {"gold": "gold reward: VADER, -1 to 1", "judge": "reward of the seed's first reward model, deviations"}
+    titles = {
+        "gold": "gold reward: VADER, -1 to 1",
+        "judge": "reward of the judge, in standard deviations of held-out scores",
+    }
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
         for i, (arm, own) in enumerate(by(runs, "arm").items()):
-            look = {"color": pyplot.colormaps["tab10"](i % 10)}
+            look = {"color": pyplot.colormaps["tab10"](i % 10), "linestyle": ("-", "--")[i // 10]}
             for run in own:
-                axes.plot(*_line(run["curve"], name), **look, alpha=0.25, linewidth=0.7)
+                axes.plot(*_line(run["curve"], name), **look, alpha=0.25, linewidth=0.6)
             axes.plot(*_line(mean_curve(own), name), **look, label=arm, marker="osX^vDP*<>"[i % 10], markersize=5)
         axes.set(xlabel="sqrt(KL to the base model), nats an answer", ylabel=title)
         axes.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
     figure.savefig(file, dpi=100)
     pyplot.close(figure)
     # A palette is enough for lines.

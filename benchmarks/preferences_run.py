@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from statistics import fmean, stdev
@@ -21,18 +22,19 @@ from hybrid.objectives.pair_measures import expected_calibration_error
 __all__ = [
     "ARMS",
     "MEMBERS",
-    "RATES",
     "Watched",
     "arm_config",
     "judge_config",
+    "judge_of",
     "judge_spec",
     "judged",
     "measured_pairs",
+    "rate_of",
     "run",
     "train_judge",
 ]
 
-MEMBERS = 3  # reward models of a seed; all arms but one learn from the first of them, or are measured by it
+MEMBERS = 3  # reward models of a seed, of each kind; all arms but ensembles learn from the first, or are measured by it
 Sections = dict[str, Any]
 
 
@@ -52,20 +54,28 @@ ARMS: dict[str, Sections] = {
     "kto": _objective("kto", preferences={"batch_size": 32}),
     # The updates of these two are as large as dpo's and sft_chosen's: 16 pairs, and the best answers to 32 prompts.
     "online_dpo": _objective(
-        "online_dpo", ppo={"batch_size": 16, "samples_per_prompt": 4, "minibatch_size": 64, "epochs": 1}
+        "online_dpo", ppo={"batch_size": 32, "samples_per_prompt": 4, "minibatch_size": 64, "epochs": 1}
     ),
     "raft": _objective("raft", ppo={"batch_size": 32, "samples_per_prompt": 4, "minibatch_size": 128, "epochs": 2}),
     "ppo": _objective("ppo", ppo=PPO),
     "ppo_free": _objective("ppo", **FREE),
     "ppo_free_ensemble": _objective("ppo", **FREE),
+    # By judges that have seen a tenth of the pairs.
+    "ppo_free_few": _objective("ppo", **FREE),
+    "ppo_free_few_ensemble": _objective("ppo", **FREE),
     "dpo_sft": _blend({"dpo": 1.0, "sft": 0.1}),
     "ppo_sft": _blend({"ppo": 1.0, "sft": 0.1}, ppo=PPO),
 }  # fmt: skip
-# By `preferences.py --sweep`: the gold reward at the end on validation data; of the reward model its accuracy.
+# By `preferences.py --sweep`, see `sweep_table`.
 RATES = {
-    "reward_model": 3e-4, "sft_chosen": 3e-4, "dpo": 3e-4, "kto": 3e-4, "online_dpo": 3e-4, "raft": 3e-4,
-    "ppo": 3e-4, "ppo_free": 3e-4, "ppo_free_ensemble": 3e-4, "dpo_sft": 3e-4, "ppo_sft": 3e-4,
+    "reward_model": 3e-4, "sft_chosen": 3e-4, "dpo": 1e-4, "kto": 3e-4, "online_dpo": 3e-5, "raft": 3e-4,
+    "ppo": 1e-4, "ppo_free": 1e-4, "dpo_sft": 1e-4, "ppo_sft": 1e-4,
 }  # fmt: skip
+
+
+def rate_of(arm: str) -> float:
+    """The learning rate; arms that differ in the judge alone, and reward models, have the same."""
+    return RATES[arm.removesuffix("_ensemble").removesuffix("_few")]
 
 
 def arm_config(
@@ -77,11 +87,13 @@ def arm_config(
         "reward": judge_spec(judges if arm.endswith("ensemble") else judges[:1]),
         "eval": {"num_prompts": 256, "num_examples": 256, "batch_size": 128},
     }
-    return _config(sections, prepared, prepared.prompts, seed, RATES[arm] if lr is None else lr)
+    return _config(sections, prepared, prepared.prompts, seed, rate_of(arm) if lr is None else lr)
 
 
-def judge_config(prepared: Prepared, output: Path, *, seed: int, lr: float | None = None) -> HybridConfig:
-    """The config of a reward model's training, whose folder of that name is in `output`."""
+def judge_config(kind: str, prepared: Prepared, output: Path, *, seed: int, lr: float | None = None) -> HybridConfig:
+    """The config of a reward model's training, whose folder of that name is in `output`.   kind: see `judge_of`."""
+    if kind == "reward_model_few":
+        prepared = replace(prepared, train=prepared.few)
     sections = {
         **_objective("reward_model"),
         "eval": {"num_examples": 10_000, "batch_size": 128},
@@ -99,6 +111,11 @@ def _config(sections: Sections, prepared: Prepared, held_out: str, seed: int, lr
         "optimizer": {"name": "adamw", "lr": lr},
     }
     return HybridConfig.from_dict({**shared, **sections}, {"run.seed": seed})
+
+
+def judge_of(arm: str) -> str:
+    """Which kind of reward model the arm learns from, or is measured by."""
+    return "reward_model_few" if "_few" in arm else "reward_model"
 
 
 def judge_spec(folders: Sequence[Path]) -> dict[str, Any]:
@@ -167,18 +184,18 @@ def _trained(trainer: Watched, budget: int) -> dict[str, Any]:
     }
 
 
-def train_judge(size: Size, config: HybridConfig) -> dict[str, Any]:
-    """A reward model, kept in the run's folder; how well it tells held-out pairs apart."""
+def train_judge(config: HybridConfig, budget: int) -> dict[str, Any]:
+    """A reward model, kept in the run's folder; how well it tells held-out pairs apart.   budget: tokens."""
     assert config.run.output is not None
     folder = Path(config.run.output)
 
     def made() -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
         trainer = Watched(config)
-        taken = _trained(trainer, size.budget)
+        taken = _trained(trainer, budget)
         return {"seed": config.run.seed, "commit": commit(), **taken, "metrics": measured_pairs(trainer)}
 
-    about = {"config": config.written(), "budget": size.budget}
+    about = {"config": config.written(), "budget": budget}
     # Not with_suffix: a learning rate in the name has a point.
     return {**kept(folder.parent / f"{folder.name}.json", about, made), "folder": str(folder / "reward_model")}
 

@@ -17,7 +17,7 @@ from hybrid import Example, make_reward
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["cat", "dog", "tree", "house", "ball", "red", "big", "little", "sun", "boat"]
-ON_LINE = ("online_dpo", "raft", "ppo", "ppo_free", "ppo_free_ensemble", "ppo_sft")
+ON_LINE = [arm for arm in ARMS if arm.startswith(("online_dpo", "raft", "ppo"))]
 
 
 def pair_rows(count, *, seed, told_apart):
@@ -51,7 +51,12 @@ def prepare(stories, tmp_path_factory):
         }
         prompts = [{"prompt": "Once upon a time", "target": " there was a cat."}, {"prompt": "One day", "target": "."}]
         return Prepared(
-            Path(stories), files["train"], files["held_out"], write(folder / "prompts.jsonl", prompts), counts={}
+            Path(stories),
+            files["train"],
+            files["train"],
+            files["held_out"],
+            write(folder / "prompts.jsonl", prompts),
+            counts={},
         )
 
     return prepared
@@ -66,7 +71,7 @@ def prepared(prepare):
 def judge(prepared, tmp_path_factory):
     """The folder of a reward model that was hardly trained."""
     output = tmp_path_factory.mktemp("judge") / "0"
-    return Path(train_judge(Size(budget=1), judge_config(prepared, output, seed=0))["folder"])
+    return Path(train_judge(judge_config("reward_model", prepared, output, seed=0), 1)["folder"])
 
 
 @pytest.mark.parametrize("count", [10, 25, 1000])
@@ -137,15 +142,15 @@ def test_an_ensemble_of_one_model_twice_scores_as_that_model(judge):
 def test_a_reward_model_tells_apart_what_can_be_told_apart_and_random_preferences_as_a_coin_does(
     prepare, tmp_path, told_apart, low, high
 ):
-    config = judge_config(prepare(told_apart=told_apart), tmp_path / "judge", seed=0, lr=3e-3)
-    metrics = train_judge(Size(budget=8_000), config)["metrics"]
+    config = judge_config("reward_model", prepare(told_apart=told_apart), tmp_path / "judge", seed=0, lr=3e-3)
+    metrics = train_judge(config, 8_000)["metrics"]
     # 150 random pairs: 0.5 give or take 0.04, three and a half times.
     assert low <= metrics["accuracy"] <= high
 
 
 def test_accuracy_by_right_labels_undoes_the_flips(prepare, tmp_path):
-    config = judge_config(prepare(share=0.2), tmp_path / "judge", seed=0, lr=3e-3)
-    metrics = train_judge(Size(budget=8_000), config)["metrics"]
+    config = judge_config("reward_model", prepare(share=0.2), tmp_path / "judge", seed=0, lr=3e-3)
+    metrics = train_judge(config, 8_000)["metrics"]
     right = metrics["clean_accuracy"]
     assert right > 0.95
     assert metrics["accuracy"] == pytest.approx(0.8 * right + 0.2 * (1 - right), abs=0.05)
@@ -163,14 +168,16 @@ def test_a_finished_run_is_taken_as_it_is_and_made_again_with_other_settings(tmp
 
 
 def test_a_reward_model_that_was_stopped_is_made_anew_and_a_finished_one_kept(prepared, tmp_path):
-    config, another = (judge_config(prepared, tmp_path / f"judge-{lr}", seed=0, lr=lr) for lr in (0.1, 0.2))
+    config, another = (
+        judge_config("reward_model", prepared, tmp_path / f"judge-{lr}", seed=0, lr=lr) for lr in (0.1, 0.2)
+    )
     (tmp_path / "judge-0.1").mkdir()
     (tmp_path / "judge-0.1" / "metrics.jsonl").write_text("{}\n")  # of a run that was killed
-    first = train_judge(Size(budget=1), config)
-    train_judge(Size(budget=1), another)
+    first = train_judge(config, 1)
+    train_judge(another, 1)
     weights = Path(first["folder"]) / "model.safetensors"
     began = weights.stat().st_mtime_ns
-    assert train_judge(Size(budget=1), config) == first
+    assert train_judge(config, 1) == first
     assert weights.stat().st_mtime_ns == began
 
 
@@ -208,9 +215,11 @@ def test_the_table_shows_the_end_and_the_best_mean_on_the_way():
     assert "| 0.650 at 1k | 2 + 1 |" in ppo
 
 
-def test_the_sweep_picks_the_gold_reward_of_arms_and_the_accuracy_of_reward_models():
+def test_the_sweep_picks_the_gold_reward_less_its_kl_and_the_accuracy_of_reward_models():
     judges = [{"arm": "reward_model", "lr": lr, "metrics": {"accuracy": a}} for lr, a in ((0.1, 0.7), (0.2, 0.8))]
-    runs = [result("dpo", 0, 0.0, gold, lr=lr) for lr, gold in ((0.1, 0.5), (0.2, 0.4))]
+    runs = [result("dpo", 0, 0.0, gold, lr=lr) for lr, gold in ((0.1, 0.5), (0.2, 0.4), (0.3, 0.9))]
+    # 0.9 - 0.05 * 20 is less than 0.5.
+    runs[-1]["curve"][-1]["kl"] = 20.0
     bold = [line.split(" | ")[:2] for line in sweep_table([*judges, *runs]).splitlines() if "**" in line]
     assert bold == [["| reward_model", "**0.2**"], ["| dpo", "**0.1**"]]
 
@@ -219,6 +228,7 @@ def test_the_members_of_a_seed_are_one_number_of_the_reward_models_interval():
     names = ("accuracy", "clean_accuracy", "ece", "clean_ece")
     judges = [
         {
+            "arm": "reward_model",
             "seed": seed,
             "metrics": {**dict.fromkeys(names, value), "num_pairs": 10},
             "tokens": {"trained": 0},
