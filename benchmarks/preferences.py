@@ -35,6 +35,7 @@ from benchmarks.preferences_report import draw, hh_table, judge_table, sweep_tab
 from benchmarks.preferences_run import (  # noqa: E402
     ARMS,
     MEMBERS,
+    RATES,
     arm_config,
     judge_config,
     judge_of,
@@ -52,7 +53,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """One run.   arm: or a kind of reward model, of which a seed has several, `member`s.
+    """One run.   arm: or a kind of reward model, of which a seed may have several, `member`s.
 
     lr: of the sweep; None: the arm's own.   judges: folders of the reward models, which are there by then.
     """
@@ -83,7 +84,7 @@ def main() -> None:
             Job(size, work, of_seed, kind, seed, member)
             for kind in dict.fromkeys(judge_of(arm) for arm in arguments.arms)
             for seed, of_seed in prepared.items()
-            for member in range(MEMBERS)
+            for member in range(MEMBERS[kind])
         ],
         arguments.jobs,
     )
@@ -125,8 +126,7 @@ def _sweep(size: Size, work: Path, arms: Sequence[str], processes: int) -> list[
     prepared = preferences(size, work, SWEEP_SEED, part="validation")
     judges = _results([Job(size, work, prepared, "reward_model", SWEEP_SEED, lr=lr) for lr in SWEPT], processes)
     best = max(judges, key=lambda judge: judge["metrics"]["accuracy"])
-    # Arms that differ in the judge alone have one rate.
-    swept = [arm for arm in arms if not arm.endswith(("_ensemble", "_few"))]
+    swept = [arm for arm in arms if arm in RATES]
     runs = _results(
         [
             Job(replace(size, points=()), work, prepared, arm, SWEEP_SEED, lr=lr, judges=(Path(best["folder"]),))

@@ -31,7 +31,7 @@ class Size:
     """
 
     budget: int = 100_000
-    points: tuple[float, ...] = field(default=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4))
+    points: tuple[float, ...] = field(default=(1 / 8, 1 / 4, 1 / 2))
     steps: int = 300
     prompts: int | None = None
     pairs_per_prompt: int = 2

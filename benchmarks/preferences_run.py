@@ -22,6 +22,7 @@ from hybrid.objectives.pair_measures import expected_calibration_error
 __all__ = [
     "ARMS",
     "MEMBERS",
+    "RATES",
     "Watched",
     "arm_config",
     "judge_config",
@@ -34,7 +35,8 @@ __all__ = [
     "train_judge",
 ]
 
-MEMBERS = 3  # reward models of a seed, of each kind; all arms but ensembles learn from the first, or are measured by it
+# Reward models of a seed, of each kind; all arms but the ensemble learn from the first, or are measured by it.
+MEMBERS = {"reward_model": 1, "reward_model_few": 3}
 Sections = dict[str, Any]
 
 
@@ -59,7 +61,6 @@ ARMS: dict[str, Sections] = {
     "raft": _objective("raft", ppo={"batch_size": 32, "samples_per_prompt": 4, "minibatch_size": 128, "epochs": 2}),
     "ppo": _objective("ppo", ppo=PPO),
     "ppo_free": _objective("ppo", **FREE),
-    "ppo_free_ensemble": _objective("ppo", **FREE),
     # By judges that have seen a tenth of the pairs.
     "ppo_free_few": _objective("ppo", **FREE),
     "ppo_free_few_ensemble": _objective("ppo", **FREE),
@@ -68,14 +69,15 @@ ARMS: dict[str, Sections] = {
 }  # fmt: skip
 # By `preferences.py --sweep`, see `sweep_table`.
 RATES = {
-    "reward_model": 3e-4, "sft_chosen": 3e-4, "dpo": 1e-4, "kto": 3e-4, "online_dpo": 3e-5, "raft": 3e-4,
-    "ppo": 1e-4, "ppo_free": 1e-4, "dpo_sft": 1e-4, "ppo_sft": 1e-4,
+    "reward_model": 1e-4, "sft_chosen": 1e-3, "dpo": 1e-4, "kto": 3e-4, "online_dpo": 1e-4, "raft": 3e-5, "ppo": 1e-4,
 }  # fmt: skip
 
 
 def rate_of(arm: str) -> float:
-    """The learning rate; arms that differ in the judge alone, and reward models, have the same."""
-    return RATES[arm.removesuffix("_ensemble").removesuffix("_few")]
+    """The learning rate: that of the arm without what its name ends in, which is another judge, penalty or summand."""
+    while arm not in RATES:
+        arm = arm.rpartition("_")[0]
+    return RATES[arm]
 
 
 def arm_config(
