@@ -60,8 +60,7 @@ ARMS: dict[str, Sections] = {
     ),
     "raft": _objective("raft", ppo={"batch_size": 32, "samples_per_prompt": 4, "minibatch_size": 128, "epochs": 2}),
     "ppo": _objective("ppo", ppo=PPO),
-    "ppo_free": _objective("ppo", **FREE),
-    # By judges that have seen a tenth of the pairs.
+    # By judges that have seen a tenth of the pairs, with no penalty for the KL.
     "ppo_free_few": _objective("ppo", **FREE),
     "ppo_free_few_ensemble": _objective("ppo", **FREE),
     "dpo_sft": _blend({"dpo": 1.0, "sft": 0.1}),
