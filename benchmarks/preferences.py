@@ -187,7 +187,7 @@ def _write(
         "learning_rate_sweep": [_without_config(run) for run in json.loads(sweep.read_text())]
         if sweep.exists()
         else [],
-        "hh_rlhf": hh,
+        "hh_rlhf": {**_without_config(hh), "settings": _of_hh(hh["config"])},
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
@@ -195,6 +195,11 @@ def _write(
 def _own(config: dict[str, Any]) -> dict[str, Any]:
     """What the arms differ in."""
     return {name: config[name] for name in ("mixing", "ppo", "kl", "preferences", "sft", "objectives", "sampling")}
+
+
+def _of_hh(config: dict[str, Any]) -> dict[str, Any]:
+    names = ("data", "preferences", "objectives", "optimizer", "scheduler")
+    return {"model": {**config["model"], "name": Path(config["model"]["name"]).name}} | {n: config[n] for n in names}
 
 
 def _without_config(run: Result) -> Result:

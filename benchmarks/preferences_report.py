@@ -151,13 +151,13 @@ def draw(runs: Sequence[Run], file: Path) -> None:
     figure, panels = pyplot.subplots(1, 2, figsize=(12, 5.2), layout="constrained", sharex=True)
     titles = {
         "gold": "gold reward: VADER, -1 to 1",
-        "judge": "reward of the judge, in standard deviations of held-out scores",
+        "judge": "the judge's reward: deviations of its held-out scores",
     }
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
         for i, (arm, own) in enumerate(by(runs, "arm").items()):
             look = {"color": pyplot.colormaps["tab10"](i % 10), "linestyle": ("-", "--")[i // 10]}
             for run in own:
-                axes.plot(*_line(run["curve"], name), **look, alpha=0.25, linewidth=0.6)
+                axes.plot(*_line(run["curve"], name), **look, alpha=0.45, linewidth=0.7)
             axes.plot(*_line(mean_curve(own), name), **look, label=arm, marker="osX^vDP*<>"[i % 10], markersize=5)
         axes.set(xlabel="sqrt(KL to the base model), nats an answer", ylabel=title)
         axes.grid(alpha=0.3)
