@@ -103,7 +103,7 @@ def hh_table(hh: Mapping[str, Any]) -> str:
     """Markdown: the reward model of SmolLM2 beside the rule of length, with Wilson's intervals."""
     rule = hh["length_rule"]
     lines = [
-        ["hh-rlhf harmless, 120 held-out pairs", "accuracy", "95 % interval"],
+        [f"hh-rlhf harmless, {hh['accuracy']['pairs']} held-out pairs", "accuracy", "95 % interval"],
         ["---"] * 3,
         [f"SmolLM2-135M, {hh['train_pairs']} training pairs", *_wilson_cells(hh["accuracy"])],
         [f"prefer the {rule['prefers']} answer", *_wilson_cells(rule)],
