@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from benchmarks.mixing_report import by, interval, markdown, number
 from benchmarks.mixing_tasks import TASKS
 
-__all__ = ["draw", "hh_table", "judge_table", "mean_curve", "sweep_table", "table", "wilson"]
+__all__ = ["draw", "gold_at", "hh_table", "judge_table", "mean_curve", "sweep_table", "table", "wilson"]
 
 Z95 = 1.959964
 KL_COEF = TASKS["reviews"].kl_coef  # of the sweep: gold reward that a nat of KL costs, as in the mixing study
@@ -21,6 +22,7 @@ COLUMNS = {
     "distinct_2": "distinct-2",
     "sft_loss": "SFT loss",
 }
+KLS = (0.5, 1, 2)  # at which the arms are compared
 Run = Mapping[str, Any]
 
 
@@ -39,12 +41,13 @@ def table(runs: Sequence[Run]) -> str:
     """Markdown: the base model and every arm at the end of its budget.
 
     judge: the first of the reward models that the arm learns from, the seed's first where it learns from none.
-    best gold: the highest mean over seeds on the way, and the tokens by then.
+    gold at KL: see `gold_at`.   best gold: the highest mean over seeds on the way, and the tokens by then.
     """
-    titles = ["arm", "lr", *COLUMNS.values(), "best gold on the way", "kTokens trained + sampled", "seconds"]
+    at = [f"gold at KL {kl}" for kl in KLS]
+    titles = ["arm", "lr", *COLUMNS.values(), *at, "best gold", "kTokens trained + sampled", "seconds"]
     lines = [titles, ["---"] * len(titles)]
     starts = {run["seed"]: run["curve"][0] for run in runs}
-    lines.append(["base", "", *_cells(list(starts.values())), "", "", ""])
+    lines.append(["base", "", *_cells(list(starts.values())), *[""] * (3 + len(KLS))])
     for arm, own in by(runs, "arm").items():
         best = max(mean_curve(own), key=lambda point: point["gold"])
         tokens = [fmean(run["tokens"][kind] for run in own) / 1000 for kind in ("trained", "generated")]
@@ -53,6 +56,7 @@ def table(runs: Sequence[Run]) -> str:
                 arm,
                 f"{own[0]['lr']:g}",
                 *_cells([run["curve"][-1] for run in own]),
+                *(_reached([gold_at(run["curve"], kl) for run in own]) for kl in KLS),
                 f"{best['gold']:.3f} at {best['trained'] / 1000:.0f}k",
                 f"{tokens[0]:.0f} + {tokens[1]:.0f}",
                 f"{fmean(run['cpu_seconds'] for run in own):.0f}",
@@ -63,6 +67,21 @@ def table(runs: Sequence[Run]) -> str:
 
 def _cells(points: Sequence[Mapping[str, float]]) -> list[str]:
     return [number(*interval([point[name] for point in points])) for name in COLUMNS]
+
+
+def gold_at(curve: Sequence[Mapping[str, float]], kl: float) -> float | None:
+    """The gold reward where a curve first comes to that KL, on the line between two points over sqrt(KL)."""
+    line = list(zip(*_line(curve, "gold"), strict=True))
+    for (x, gold), (next_x, next_gold) in pairwise(line):
+        if x <= math.sqrt(kl) <= next_x and x < next_x:
+            return gold + (next_gold - gold) * (math.sqrt(kl) - x) / (next_x - x)
+    return None
+
+
+def _reached(golds: Sequence[float | None]) -> str:
+    """Their mean with its interval; nothing where a seed has not come so far."""
+    known = [gold for gold in golds if gold is not None]
+    return number(*interval(known)) if len(known) == len(golds) else ""
 
 
 def mean_curve(runs: Sequence[Run]) -> list[dict[str, float]]:

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.kept import kept
 from benchmarks.preferences_hh import length_rule
 from benchmarks.preferences_pairs import Prepared, Size, flipped, pairs
-from benchmarks.preferences_report import judge_table, sweep_table, table, wilson
+from benchmarks.preferences_report import gold_at, judge_table, sweep_table, table, wilson
 from benchmarks.preferences_run import ARMS, Watched, arm_config, judge_config, judge_spec, run, train_judge
 from hybrid import Example, make_reward
 
@@ -213,6 +213,15 @@ def test_the_table_shows_the_end_and_the_best_mean_on_the_way():
     assert base.startswith("| base |  | 0.000 ± 0.000 |")
     assert ppo.startswith("| ppo | 0.0001 | 0.200 ± 0.000 |")
     assert "| 0.650 at 1k | 2 + 1 |" in ppo
+
+
+def test_arms_are_compared_where_their_curves_first_come_to_a_kl():
+    # The line over sqrt(KL) from (0, 0.0) to (2, 0.8), and back.
+    made = [{"kl": kl, "gold": gold} for kl, gold in ((0.0, 0.0), (4.0, 0.8), (1.0, 0.9))]
+    assert gold_at(made, 1.0) == pytest.approx(0.4)
+    assert gold_at(made, 9.0) is None
+    # An estimate below 0 counts as 0.
+    assert gold_at([{"kl": -0.1, "gold": 0.0}, {"kl": 1.0, "gold": 1.0}], 0.25) == pytest.approx(0.5)
 
 
 def test_the_sweep_picks_the_gold_reward_less_its_kl_and_the_accuracy_of_reward_models():
