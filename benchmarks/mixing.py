@@ -14,13 +14,10 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +29,11 @@ HERE = Path(__file__).resolve().parent
 if Path(sys.path[0]).resolve() == HERE:
     sys.path[0] = str(HERE.parent)
 
+from benchmarks.kept import in_processes, kept  # noqa: E402
 from benchmarks.mixing_report import draw, sweep_table, table  # noqa: E402
 from benchmarks.mixing_run import ARMS, Lengths, arm_config, base_of, run  # noqa: E402
 from benchmarks.mixing_tasks import DATA, TASKS, Pretraining, Task, prepare  # noqa: E402
+from benchmarks.stamp import commit  # noqa: E402
 
 RESULT = HERE / "results" / "mixing-cpu-1-thread.json"
 # Learning rates of the sweep, for each family.
@@ -113,29 +112,25 @@ def _task(name: str, quick: bool) -> Task:
 
 def _base(work: Path, name: str, quick: bool) -> dict[str, Any]:
     """The base model's row of the table, and the lengths that all runs of the task are laid out by."""
-    file, task = work / name / "base.json", _task(name, quick)
+    task = _task(name, quick)
     about = {"budget": task.budget, "pretraining": repr(task.base), "settings": repr(task.settings)}
-    found = _read(file, about)
-    if found is None:
-        prepared = prepare(task, work / name)
-        found = {"task": name, "arm": "base", "seed": 0, **about, **base_of(task, prepared)}
-        _save(file, found)
-    return found
+
+    def made() -> dict[str, Any]:
+        return {"task": name, "arm": "base", "seed": 0, **base_of(task, prepare(task, work / name))}
+
+    return kept(work / name / "base.json", about, made)
 
 
 def _results(jobs: Sequence[Job], processes: int) -> Iterator[dict[str, Any]]:
     """The results, in order of completion, with a line for each on the console."""
-    # A fresh interpreter each: torch does not survive a fork.
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for number, future in enumerate(as_completed([pool.submit(_result, job) for job in jobs]), start=1):
-            result = future.result()
-            metrics = result["metrics"]
-            print(
-                f"{number}/{len(jobs)} {result['task']} {result['arm']} {result['lr'] or 'seed'} {result['seed']}: "
-                f"reward {metrics['reward']:.3f}, SFT loss {metrics['sft_loss']:.3f}, {result['cpu_seconds']:.0f} s",
-                file=sys.stderr,
-            )
-            yield result
+    for number, result in in_processes(_result, jobs, processes):
+        metrics = result["metrics"]
+        print(
+            f"{number}/{len(jobs)} {result['task']} {result['arm']} {result['lr'] or 'seed'} {result['seed']}: "
+            f"reward {metrics['reward']:.3f}, SFT loss {metrics['sft_loss']:.3f}, {result['cpu_seconds']:.0f} s",
+            file=sys.stderr,
+        )
+        yield result
 
 
 def _result(job: Job) -> dict[str, Any]:
@@ -144,28 +139,12 @@ def _result(job: Job) -> dict[str, Any]:
     work = prepare(task, job.work / job.task)
     config = arm_config(task, work, job.arm, Lengths(**base["lengths"]), seed=job.seed, lr=job.lr)
     about = {"config": config.written(), "base": base["metrics"], "budget": task.budget}
-    found = _read(job.file, about)
-    if found is None:
-        found = {"task": job.task, "arm": job.arm, "seed": job.seed, "lr": job.lr, "commit": _commit(), **about}
-        found |= run(task, config)
-        _save(job.file, found)
-    return found
 
+    def made() -> dict[str, Any]:
+        named = {"task": job.task, "arm": job.arm, "seed": job.seed, "lr": job.lr, "commit": commit()}
+        return named | run(task, config)
 
-def _read(file: Path, about: dict[str, Any]) -> dict[str, Any] | None:
-    """What the file holds, if it was made with these settings."""
-    if not file.is_file():
-        return None
-    found = json.loads(file.read_text(encoding="utf-8"))
-    return found if all(found.get(name) == value for name, value in about.items()) else None
-
-
-def _save(file: Path, result: dict[str, Any]) -> None:
-    """Whole or not at all: the next start trusts what it finds."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    return kept(job.file, about, made)
 
 
 def _write(bases: list[dict[str, Any]], runs: list[dict[str, Any]], sweep: list[dict[str, Any]]) -> None:
@@ -195,11 +174,6 @@ def _without_config(run: dict[str, Any]) -> dict[str, Any]:
     config = run["config"]
     own = {name: config[name] for name in ("mixing", "sft", "optimizer")}
     return {name: value for name, value in run.items() if name not in ("config", "base", "budget")} | own
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 from textwrap import fill
 from typing import Any
 
-__all__ = ["draw", "interval", "sweep_table", "table"]
+__all__ = ["by", "draw", "interval", "markdown", "number", "sweep_table", "table"]
 
 BASELINE = "sequential"
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom.
@@ -37,11 +37,11 @@ def table(runs: Sequence[Run]) -> str:
     Behind reward and SFT loss: the difference to `sequential`, of runs with the same seed; bold where its interval
     excludes 0.
     """
-    return "\n\n".join(_task_table(task, own) for task, own in _by(runs, "task").items())
+    return "\n\n".join(_task_table(task, own) for task, own in by(runs, "task").items())
 
 
 def _task_table(task: str, runs: Sequence[Run]) -> str:
-    arms = _by(runs, "arm")
+    arms = by(runs, "arm")
     baseline = arms.get(BASELINE, [])
     first = runs[0]["metrics"]
     # Answers of one word have no bigrams, of which any would be distinct.
@@ -52,10 +52,10 @@ def _task_table(task: str, runs: Sequence[Run]) -> str:
     titles = [task, *columns.values(), *(f"{columns[name]} - {BASELINE}" for name in compared), "kTokens", "seconds"]
     lines = [titles, ["---"] * len(titles)]
     for arm, own in arms.items():
-        cells = [_number(*interval([run["metrics"][name] for run in own])) for name in columns]
+        cells = [number(*interval([run["metrics"][name] for run in own])) for name in columns]
         cells += [_difference(own, baseline, name) for name in compared]
         lines.append([arm, *cells, *_cost(own)])
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def _difference(runs: Sequence[Run], baseline: Sequence[Run], metric: str) -> str:
@@ -64,7 +64,7 @@ def _difference(runs: Sequence[Run], baseline: Sequence[Run], metric: str) -> st
     if runs[0]["arm"] in (BASELINE, "base") or not pairs:
         return ""
     mean, half = interval(pairs)
-    text = _number(mean, half, sign="+")
+    text = number(mean, half, sign="+")
     return f"**{text}**" if abs(mean) > half else text
 
 
@@ -76,7 +76,8 @@ def _cost(runs: Sequence[Run]) -> list[str]:
     return [" + ".join(f"{count:.0f}" for count in tokens), f"{fmean(run['cpu_seconds'] for run in runs):.0f}"]
 
 
-def _number(mean: float, half: float, sign: str = "") -> str:
+def number(mean: float, half: float, sign: str = "") -> str:
+    """A mean and half of its interval, which may be NaN."""
     text = f"{mean:{sign}.3f}"
     return text if math.isnan(half) else f"{text} ± {half:.3f}"
 
@@ -89,14 +90,14 @@ def sweep_table(runs: Sequence[Run], sft_goals: Mapping[str, str]) -> str:
     """
     titles = ["task", "arm", "learning rate", "SFT loss", "reward", "KL", "reward - coef KL"]
     lines = [titles, ["---"] * len(titles)]
-    for task, of_task in _by(runs, "task").items():
-        for arm, own in _by(of_task, "arm").items():
+    for task, of_task in by(runs, "task").items():
+        for arm, own in by(of_task, "arm").items():
             best = max(own, key=_goal(arm, sft_goals[task]))
             for run in sorted(own, key=lambda run: run["lr"]):
                 rate = f"**{run['lr']:g}**" if run is best else f"{run['lr']:g}"
                 numbers = [*(run["metrics"][name] for name in ("sft_loss", "reward", "kl")), _penalised(run)]
                 lines.append([task, arm, rate, *(f"{number:.3f}" for number in numbers)])
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def _goal(arm: str, sft_goal: str) -> Callable[[Run], float]:
@@ -110,7 +111,8 @@ def _penalised(run: Run) -> float:
     return run["metrics"]["reward"] - run["config"]["kl"]["coef"] * run["metrics"]["kl"]
 
 
-def _markdown(lines: Iterable[Sequence[str]]) -> str:
+def markdown(lines: Iterable[Sequence[str]]) -> str:
+    """The lines' cells as a table."""
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -121,15 +123,15 @@ def draw(runs: Sequence[Run], titles: Mapping[str, str], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    tasks = _by(runs, "task")
+    tasks = by(runs, "task")
     figure, panels = pyplot.subplots(1, len(tasks), figsize=(6 * len(tasks), 5.5), squeeze=False, layout="constrained")
     # An arm keeps colour and marker in all panels; the number of colours and of markers have no common factor.
     looks = {
         arm: {"color": pyplot.colormaps["tab10"](i % 10), "marker": "XsoD^vP"[i % 7]}
-        for i, arm in enumerate(_by(runs, "arm"))
+        for i, arm in enumerate(by(runs, "arm"))
     }
     for axes, (task, own) in zip(panels[0], tasks.items(), strict=True):
-        for arm, same in _by(own, "arm").items():
+        for arm, same in by(own, "arm").items():
             (x, x_half), (y, y_half) = (
                 interval([run["metrics"][name] for run in same]) for name in ("sft_loss", "reward")
             )
@@ -150,8 +152,8 @@ def _drawn(half: float) -> float | None:
     return None if math.isnan(half) else half
 
 
-def _by(runs: Iterable[Run], key: str) -> dict[str, list[Run]]:
-    """The runs by task or arm, in order of appearance."""
+def by(runs: Iterable[Run], key: str) -> dict[str, list[Run]]:
+    """The runs by what they have under `key`, in order of appearance."""
     grouped: dict[str, list[Run]] = {}
     for run in runs:
         grouped.setdefault(run[key], []).append(run)
