@@ -14,7 +14,16 @@ from hybrid.data import DataConfig
 from hybrid.evaluate import EvalConfig
 from hybrid.mixing import Strategy, make_strategy
 from hybrid.models import LoraConfig, require
-from hybrid.objectives import GradientConfig, PPOConfig, Precision, PreferencesConfig, SFTConfig, check_objectives
+from hybrid.objectives import (
+    GradientConfig,
+    PPOConfig,
+    Precision,
+    PreferencesConfig,
+    SFTConfig,
+    check_decoder,
+    check_objectives,
+    objective_class,
+)
 from hybrid.optim import check_optimizer, check_scheduler, plateau_mode
 from hybrid.rollout import KLConfig, RolloutConfig, SamplingConfig, ScoreConfig
 from hybrid.run import CheckpointConfig, write_file
@@ -166,6 +175,20 @@ class HybridConfig:
             raise InputError("config: reward is missing, which PPO steps need; give one, or leave PPO out of mixing")
         if not self.sampling.temperature:
             raise InputError("config: sampling.temperature must be > 0: PPO learns from what was drawn")
+        check_decoder(strategy.objectives, self.sampling.search.name, self.sampling.search.policy_window)
+
+    def check_rollout(self, strategy: Strategy) -> None:
+        """Refuse a rollout that nothing learns from: no objective of the strategy, and none that `objectives` names."""
+        if not self.sampling.temperature:
+            raise InputError("a rollout needs sampling.temperature > 0: PPO learns from what was drawn")
+        rolling = [name for name in {*strategy.objectives, *self.objectives} if objective_class(name).rolls_out]
+        check_decoder(rolling or ["ppo"], self.sampling.search.name, self.sampling.search.policy_window, least=1)
+
+    def check_decoders(self, context: int | None) -> None:
+        """Refuse decoders that this reward, or a model of so many tokens (None: not known), does not let work."""
+        for sampling in (self.sampling, self.eval.sampling(self.sampling)):
+            sampling.search.check_reward(self.reward)
+            sampling.search.check_context(context)
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> "HybridConfig":

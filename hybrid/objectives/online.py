@@ -162,10 +162,13 @@ class RAFT(Objective[Rollout]):
         loss = -sum of log pi(y) over the tokens of the chosen responses / their count
 
     best: so many responses of each prompt.   above: only those with at least this score; None: any.
+    The responses may be any decoder's: of `best_of_n` and `mcmc` it is expert iteration.
     Source: RAFT (Dong et al. 2023, arXiv:2304.06767); with `above` also ReST (Gulcehre et al. 2023, arXiv:2308.08998).
     """
 
     rolls_out = True
+    imitates = True
+    windowed = True
 
     def __init__(self, parts: Parts, ppo: PPOConfig, best: int = 1, above: float | None = None):
         super().__init__(parts)
@@ -201,8 +204,8 @@ class RAFT(Objective[Rollout]):
         return partial(self._loss, num_tokens=whole.num_tokens)
 
     def _loss(self, part: Rollout, num_tokens: int) -> Loss:
-        backbone = self.parts.policy.backbone
-        hidden = backbone(part.input_ids, part.attention_mask)
-        stats = response_stats(backbone, hidden, part.input_ids, part.mask, temperature=part.temperature)
+        policy = self.parts.policy
+        out = policy(part.input_ids, part.attention_mask, window=part.window, length=part.mask.shape[1])
+        stats = response_stats(policy.backbone, out.hidden, part.input_ids, part.mask, temperature=part.temperature)
         assert stats.logprob is not None
         return sft_loss(stats.logprob, part.mask, num_tokens=num_tokens)
