@@ -28,8 +28,8 @@ def _refusal(name: str, decoder: str, window: int | None) -> str:
     if not decoder_class(decoder).is_policy and not objective.imitates:
         return (
             f"objective {name!r} cannot learn from the responses of decoder {decoder!r}, which are not drawn token by "
-            "token from the policy: train with sampling.decoder.type=sample, and give this one to eval.decoder; or take "
-            f"an objective that imitates ({_able(lambda other: other.imitates)})"
+            "token from the policy: train with sampling.decoder.type=sample, and give this one to eval.decoder; or "
+            f"take an objective that imitates ({_able(lambda other: other.imitates)})"
         )
     if window is not None and not objective.windowed:
         return (

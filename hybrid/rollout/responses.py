@@ -62,6 +62,30 @@ class Responses:
         logprob = None if self.logprob is None else self.logprob[:, :end]
         return replace(self, ids=self.ids[:, :end], mask=self.mask[:, :end], logprob=logprob)
 
+    @classmethod
+    def joined(cls, parts: Sequence["Responses"]) -> "Responses":
+        """All rows of several, of one width."""
+        logprobs = [part.logprob for part in parts if part.logprob is not None]
+        return cls(
+            torch.cat([part.ids for part in parts]),
+            torch.cat([part.mask for part in parts]),
+            torch.cat([part.ended for part in parts]),
+            torch.cat(logprobs) if len(logprobs) == len(parts) else None,
+        )
+
+    def put(self, rows: Tensor, others: "Responses") -> "Responses":
+        """The same with others at these rows, (n,) int64; all of one width."""
+        logprob = None
+        if self.logprob is not None and others.logprob is not None:
+            logprob = self.logprob.index_copy(0, rows, others.logprob)
+        return replace(
+            self,
+            ids=self.ids.index_copy(0, rows, others.ids),
+            mask=self.mask.index_copy(0, rows, others.mask),
+            ended=self.ended.index_copy(0, rows, others.ended),
+            logprob=logprob,
+        )
+
     def where(self, chosen: Tensor, other: "Responses") -> "Responses":
         """Row by row these where `chosen`, (B,), and the other's elsewhere; both of one width."""
         column = chosen.unsqueeze(1)

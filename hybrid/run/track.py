@@ -308,12 +308,13 @@ class _Console:
         step, phase = row["step"], row["phase"]
         if phase == "eval":
             # While a progress line is up, rich prints this above it.
-            print(self._line(step, phase, {name: row[name] for name in SHOWN if name in row}), flush=True)
+            numbers = {name: row[name] for name in SHOWN if name in row} | _of_decoder(row)
+            print(self._line(step, phase, numbers), flush=True)
             return
         if self.first_step is None:
             self.first_step = step
         keys = {"reward": "reward", "kl": "kl", **losses}
-        self.last |= {name: row[key] for name, key in keys.items() if key in row}
+        self.last |= {name: row[key] for name, key in keys.items() if key in row} | _of_decoder(row)
         line = self._line(step, phase, self.last)
         if self.progress is not None:
             self.progress.update(self.progress.task_ids[0], completed=step, description=line)
@@ -335,6 +336,11 @@ class _Console:
     def _seconds_left(self, step: int, total_steps: int) -> float:
         done = step - (self.first_step or step) + 1
         return (time.monotonic() - self.start) / done * max(0, total_steps - step)
+
+
+def _of_decoder(row: Mapping[str, Any]) -> dict[str, float]:
+    """What the decoder says of itself, by its own names: "acceptance_rate" of "decoder/acceptance_rate"."""
+    return {name.removeprefix("decoder/"): x for name, x in row.items() if name.startswith("decoder/")}
 
 
 def _clock(seconds: float) -> str:
