@@ -78,6 +78,13 @@ def test_raft_imitates_what_any_decoder_finds_and_ppo_does_not(tokenizer, decode
         hybrid.ppo_step(rollout)
 
 
+def test_raft_of_one_response_needs_a_search_to_choose(tokenizer):
+    one = {"mixing": RAFT["mixing"]}
+    trainer(tokenizer, **one, **by(SEARCHES[0])).train()
+    with pytest.raises(InputError, match=r"imitates the best 1 of ppo\.samples_per_prompt = 1"):
+        trainer(tokenizer, **one).train()
+
+
 def test_markov_trains_with_ppo_and_raft_and_not_with_what_sees_everything(tokenizer):
     decoder = {"type": "markov", "window": 3}
     hybrid = trainer(tokenizer, **by(decoder))

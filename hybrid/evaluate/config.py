@@ -44,7 +44,7 @@ class EvalConfig:
         if self.decoder is not None:
             made = make_decoder(self.decoder)
             object.__setattr__(self, "_decoder", made)
-            object.__setattr__(self, "decoder", made.spec())
+            object.__setattr__(self, "decoder", dict(self.decoder) if made is not self.decoder else made.spec())
         check_text_metrics(self.text_metrics)
         if self.metric not in (known := self.measured(with_reward=True)) and not self.metric.startswith("reward/"):
             if self.metric in TEXT_METRICS:

@@ -18,6 +18,7 @@ from hybrid.objectives.dpo import DPO
 from hybrid.objectives.objective import Objective, Parts, register_objective
 from hybrid.objectives.ppo_config import PPOConfig
 from hybrid.objectives.preference_config import PreferencesConfig
+from hybrid.rollout import SamplingConfig
 
 __all__ = ["RAFT", "SPIN", "OnlineDPO", "batch_of", "best_and_worst"]
 
@@ -170,8 +171,11 @@ class RAFT(Objective[Rollout]):
     imitates = True
     windowed = True
 
-    def __init__(self, parts: Parts, ppo: PPOConfig, best: int = 1, above: float | None = None):
+    def __init__(
+        self, parts: Parts, ppo: PPOConfig, sampling: SamplingConfig, best: int = 1, above: float | None = None
+    ):
         super().__init__(parts)
+        self.searches = not sampling.search.is_policy
         self.best, self.above, self.samples_per_prompt = best, above, ppo.samples_per_prompt
 
     @classmethod
@@ -180,7 +184,7 @@ class RAFT(Objective[Rollout]):
             raise InputError(f"best must be at least 1, got {settings['best']}")
 
     def check(self) -> None:
-        if self.above is None and self.best >= self.samples_per_prompt:
+        if self.above is None and self.best >= self.samples_per_prompt and not self.searches:
             raise InputError(
                 f"objective {self.name!r} imitates the best {self.best} of ppo.samples_per_prompt = "
                 f"{self.samples_per_prompt} responses, which are all of them: raise ppo.samples_per_prompt, or set "
