@@ -166,8 +166,13 @@ class HybridConfig:
 
     def check_training(self, strategy: Strategy) -> None:
         """Refuse what no run of the strategy can be made with."""
-        metric = self.eval.metric
-        if self.reward is None and metric not in self.eval.measured(with_reward=False):
+        metric, objective = self.eval.metric, self.eval.objective
+        if objective is not None and objective not in strategy.objectives:
+            raise InputError(
+                f"config: eval.metric {metric!r} is a measure of objective {objective!r}, which is not in mixing; its "
+                f"objectives are {', '.join(sorted(strategy.objectives))}: watch one of theirs, or another metric"
+            )
+        if self.reward is None and objective is None and metric not in self.eval.measured(with_reward=False):
             raise InputError(f"config: eval.metric {metric!r} needs a reward; give one, or watch another metric")
         if not strategy.rolls_out:
             return

@@ -25,6 +25,7 @@ from hybrid.data import (
     filler_id,
     read_rows,
 )
+from hybrid.models import template_of
 
 __all__ = ["Corpus", "ExampleSets", "encoded_corpus"]
 
@@ -82,6 +83,10 @@ class Corpus:
         """The same, held out."""
         return self.own_preference_eval if self.has_own_preferences else self.eval
 
+    def reward_template(self) -> str:
+        """The chat template of a reward model of these preferences; see `template_of`."""
+        return template_of(self.preference_config, self.tokenizer, self.pairs)
+
     def check_fingerprint(self, other: Mapping[str, str] | None) -> None:
         """Refuse (InputError) to go on from a state that was saved with other data. None: with data not known."""
         if other is None or not (self.train or self.has_own_preferences):
@@ -100,9 +105,10 @@ class Corpus:
         example = Example(prompt=text)
         return encode(example, self.tokenizer, replace(self.config, template=self.prompt_template))
 
-    def encoded(self, rows: Batch | Iterable[Any]) -> list[Encoded]:
+    def encoded(self, rows: Batch | Iterable[Any], config: DataConfig | None = None) -> list[Encoded]:
         """The examples of a batch, or of encoded examples, examples, prompts, or rows as in the training data.
 
+        config: of the data that the rows are as in; None: the training data's.
         Rows may also come as a frame or a mapping of columns, as a torch DataLoader over a data set yields them.
         """
         if isinstance(rows, Batch):
@@ -118,9 +124,10 @@ class Corpus:
             return given
         if all(isinstance(row, str) for row in given):
             return [self.prompt(row) for row in given]
+        config = config or self.config
         read = all(isinstance(row, Example) for row in given)
-        examples = given if read else examples_from(given, self.config)
-        return [e for example in examples for e in encode_turns(example, self.tokenizer, self.config)]
+        examples = given if read else examples_from(given, config)
+        return [e for example in examples for e in encode_turns(example, self.tokenizer, config)]
 
     def batch(self, rows: Batch | Iterable[Any]) -> Batch:
         """A batch to train on."""
@@ -129,12 +136,18 @@ class Corpus:
         return collate(self.encoded(rows), pad_id=filler_id(self.tokenizer))
 
     def pairs_of(self, rows: Iterable[Any]) -> Pairs:
-        """A batch of pairs, made of rows as in the training data."""
-        return collate_pairs(self.encoded(rows), pad_id=filler_id(self.tokenizer))
+        """A batch of pairs, made of rows as in the preferences."""
+        return collate_pairs(self.encoded(rows, self._rows_config), pad_id=filler_id(self.tokenizer))
 
     def answers_of(self, rows: Iterable[Any]) -> Labelled:
-        """A batch of good and bad answers, made of rows as in the training data."""
-        return collate_answers(answers_of(self.encoded(rows)), pad_id=filler_id(self.tokenizer))
+        """A batch of good and bad answers, made of rows as in the preferences."""
+        answers = answers_of(self.encoded(rows, self._rows_config))
+        return collate_answers(answers, pad_id=filler_id(self.tokenizer))
+
+    @property
+    def _rows_config(self) -> DataConfig:
+        """How rows of preferences that are given by hand are read."""
+        return self.preference_config if self.has_own_preferences else self.config
 
 
 def encoded_corpus(config: HybridConfig, tokenizer: Any, sets: ExampleSets, *, context: int | None) -> Corpus:
@@ -148,6 +161,10 @@ def encoded_corpus(config: HybridConfig, tokenizer: Any, sets: ExampleSets, *, c
         if encoded[-1]:
             lines.append(data_line(len(encoded[-1]), what, each.said))
     train, held_out, ptx, preferences, preference_eval = encoded
+    own, every_prompt = sets.preferences.examples, [*sets.train.examples, *sets.eval.examples]
+    own_config = replace(config.preference_data, template=_prompt_template(own, config.preference_data))
+    # Where there are no other data, a bare prompt is one of the preferences'.
+    template = own_config.template if own and not every_prompt else _prompt_template(every_prompt, config.data)
     corpus = Corpus(
         train=train,
         eval=held_out,
@@ -156,8 +173,8 @@ def encoded_corpus(config: HybridConfig, tokenizer: Any, sets: ExampleSets, *, c
         own_preference_eval=preference_eval,
         tokenizer=tokenizer,
         config=config.data,
-        prompt_template=(template := _prompt_template([*sets.train.examples, *sets.eval.examples], config.data)),
-        preference_config=_preference_config(config, sets.preferences.examples, template),
+        prompt_template=template,
+        preference_config=own_config if own else replace(config.data, template=template),
         lines=tuple(lines),
     )
     for example in [*corpus.train, *corpus.eval]:
@@ -170,12 +187,6 @@ def encoded_corpus(config: HybridConfig, tokenizer: Any, sets: ExampleSets, *, c
                 f"set data.max_length to {context} or less. The example: {example.prompt[:60]!r}"
             )
     return corpus
-
-
-def _preference_config(config: HybridConfig, own: Sequence[Example], template: str) -> DataConfig:
-    if own:
-        return replace(config.preference_data, template=_prompt_template(own, config.preference_data))
-    return replace(config.data, template=template)
 
 
 def _prompt_template(examples: Sequence[Example], config: DataConfig) -> str:

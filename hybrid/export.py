@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,25 @@ from hybrid.config import HybridConfig
 from hybrid.core import InputError
 from hybrid.data import prompt_text
 from hybrid.learner import Learner
+from hybrid.mixing import make_strategy
 from hybrid.models import VALUE_HEAD_FILE, Policy, save_reward_model, template_of
 from hybrid.resume import trained_config
 from hybrid.run import CHECKPOINTS, CONFIG, EXPORT, Checkpoints, Summary, disk_errors, filled_folder, summary
+from hybrid.run.panels import called
 from hybrid.run.report import rows_of
 from hybrid.setup import build_policy, load_tokenizer
 
 __all__ = ["export", "export_policy", "export_run", "model_card"]
 
 CARD = "README.md"
+STATISTICS = {"score_mean": "reward_mean", "score_std": "reward_std"}
 REWARD_MODEL = "reward_model"  # the folder in a run's
 PACKAGES = ("hybrid-trainer", "torch", "transformers", "peft", "bitsandbytes")
+JUDGING = f"""from hybrid import RewardModel
+
+judge = RewardModel.from_pretrained("{REWARD_MODEL}")
+print(judge.score(["An answer", "Another one"], prompts=["Your prompt", "Your prompt"]))
+"""
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.\[\]%-]+)?")
 
 
@@ -56,7 +65,12 @@ def export(run: str | Path, folder: str | Path, *, checkpoint: str | None = None
     if policy.reward_head is not None:
         own = of_run.data if of_run.preference_data.train is None else of_run.preference_data
         template = template_of(own, tokenizer)
-        save_reward_model(policy, folder / REWARD_MODEL, tokenizer=tokenizer, chat_template=template)
+        # As the run measured them at that step; there may have been no evaluation then.
+        measured = next((row for row in reversed(rows_of(run, until=step)["eval"]) if row["step"] == step), {})
+        found = {name: measured[f"reward_model/{name}"] for name in STATISTICS if f"reward_model/{name}" in measured}
+        save_reward_model(
+            policy, folder / REWARD_MODEL, tokenizer=tokenizer, chat_template=template, statistics=_statistics(found)
+        )
     return folder
 
 
@@ -74,12 +88,16 @@ def export_reward_model(learner: Learner, folder: Path) -> None:
     found = learner.objectives["reward_model"].evaluate(
         learner.corpus.held_out_preferences[: learner.config.eval.num_examples], learner.config.eval.batch_size
     )
-    names = {"reward_mean": "score_mean", "reward_std": "score_std"}
     assert learner.reward_template is not None
     save_reward_model(
         learner.policy, folder, tokenizer=learner.tokenizer, chat_template=learner.reward_template,
-        statistics={name: found.metrics[of] for name, of in names.items() if of in found.metrics},
+        statistics=_statistics(found.metrics),
     )  # fmt: skip
+
+
+def _statistics(measured: Mapping[str, float]) -> dict[str, float]:
+    """What config.json calls the measures of a reward model's held-out scores."""
+    return {name: measured[measure] for measure, name in STATISTICS.items() if measure in measured}
 
 
 def export_policy(policy: Policy, tokenizer: Any, folder: str | Path, *, card: str) -> None:
@@ -103,33 +121,67 @@ def model_card(run: str | Path, config: HybridConfig, *, step: int) -> str:
     run, values = Path(run), config.written()
     rows = rows_of(run, until=step)
     steps = {phase: len(of_phase) for phase, of_phase in rows.items() if of_phase and phase != "eval"}
-    base, data = values["model"]["name"], values["data"]
+    objectives = make_strategy(config.mixing).objectives
+    own = sorted(objectives.difference(steps, ("sft", "ppo")))
+    base, own_pairs = values["model"]["name"], values["preference_data"]["train"] is not None
+    hub_data = _hub_names(values["data"]["train"]) + (
+        _hub_names(values["preference_data"]["train"]) if own_pairs else []
+    )
     metadata = {
         "base_model": _hub_names(base),
-        "datasets": [name for name in _hub_names(data["train"]) if not Path(name).suffix],
+        "datasets": [name for name in hub_data if not Path(name).suffix],
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["hybrid-trainer", *steps, *(["lora"] if config.model.lora else [])],
+        "tags": ["hybrid-trainer", *steps, *own, *(["lora"] if config.model.lora else [])],
     }
+    if objectives == {"reward_model"}:
+        # The weights of this folder are the trunk of a judge: they are not trained to write.
+        del metadata["pipeline_tag"]
     front = yaml.safe_dump({key: value for key, value in metadata.items() if value}, sort_keys=False)
     taken = ", ".join(f"{count} {phase}" for phase, count in steps.items())
-    training = {
-        key: values[key] for key in ("model", "data", "references", "mixing", "optimizer", "reward", "sampling")
-    }
+    sections = ["model", "data", "references", "mixing", "optimizer", "reward", "sampling"]
+    sections += [*(["preference_data"] if own_pairs else []), *(["objectives"] if values["objectives"] else [])]
+    training = {key: values[key] for key in sections}
     settings = yaml.safe_dump(_named(training), sort_keys=False, allow_unicode=True)
     found = {package: _version(package) for package in PACKAGES}
     parts = [
         f"---\n{front}---",
         f"# {run.resolve().name}",
-        f"{_named(base) or 'A model'}, trained with HybridTrainer: supervised fine-tuning and PPO in one loop with one "
-        f"optimizer. Steps: {taken or 'none'}; seed {config.run.seed}.",
-        f"## Use\n\n```python\n{_usage(config)}```",
+        f"{_named(base) or 'A model'}, trained with HybridTrainer: {_methods(objectives)}. "
+        f"Steps: {taken or 'none'}; seed {config.run.seed}.",
+        f"## Use\n\n{_use(config, objectives)}",
         f"`{VALUE_HEAD_FILE}` is the value head: `hybrid.Policy.from_pretrained` reads it, transformers needs it not.",
         f"## Held-out evaluation\n\n{_evaluation(summary(run, until=step))}",
         f"## Training\n\n```yaml\n{settings}```",
         "## Versions\n\n" + ", ".join(f"{package} {number}" for package, number in found.items() if number),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _methods(objectives: Collection[str]) -> str:
+    """What the run did, in words: "supervised fine-tuning and PPO in one loop with one optimizer"."""
+    first = [name for name in ("sft", "ppo") if name in objectives]
+    names = [*first, *sorted(set(objectives).difference(first))]
+    called_here = {"sft": "supervised fine-tuning", "reward_model": "reward modelling"}
+    methods = [called_here.get(name) or called(name) for name in names]
+    listed = " and ".join([", ".join(methods[:-1]), methods[-1]] if len(methods) > 1 else methods)
+    return listed + (" in one loop with one optimizer" if len(methods) > 1 else "")
+
+
+def _use(config: HybridConfig, objectives: Collection[str]) -> str:
+    """How the model is used: as a judge where it has a reward head, and to write unless it is nothing else."""
+    writes = f"```python\n{_usage(config)}```"
+    if "reward_model" not in objectives:
+        return writes
+    judges = (
+        f"The folder `{REWARD_MODEL}`, beside this one in the run and inside it where `hybrid export` wrote it, is the "
+        f"reward model, a plain `AutoModelForSequenceClassification`.\n\n```python\n{JUDGING}```"
+    )
+    if set(objectives) == {"reward_model"}:
+        return (
+            f"{judges}\n\nThe weights of this folder are its trunk as a language model, which was not trained to write."
+        )
+    return f"{writes}\n\n{judges}"
 
 
 def _usage(config: HybridConfig) -> str:
@@ -160,8 +212,8 @@ def _evaluation(measured: Summary) -> str:
     columns = ["", *(f"step {step}" for step in measured.steps), *(["change"] if len(measured.steps) == 2 else [])]
     lines = [columns, ["---"] + ["---:"] * (len(columns) - 1)]
     lines += [[f"{row.name}, {row.unit}", *row.values, row.change][: len(columns)] for row in measured.rows]
-    prompts = f"\n\n{measured.num_prompts} held-out prompts." if measured.num_prompts else ""
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + prompts
+    made_on = f"\n\n{measured.held_out}." if measured.held_out else ""
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + made_on
 
 
 def _hub_names(names: str | list[str] | None) -> list[str]:

@@ -18,7 +18,7 @@ from hybrid.evaluate import evaluate
 from hybrid.functional import PreferenceKind
 from hybrid.host import RunHost
 from hybrid.mixing import Plan, Strategy, make_strategy
-from hybrid.models import Policy, template_of
+from hybrid.models import Policy
 from hybrid.objectives import (
     Objectives,
     Term,
@@ -32,6 +32,7 @@ from hybrid.objectives import (
     over_updates,
     rollout_metrics,
     shares,
+    with_advantages,
 )
 from hybrid.rewards import Unjudged, make_reward
 from hybrid.rollout import (
@@ -123,7 +124,7 @@ class Learner(Supply):
         self.config = config
         wants = [objective_class(name) for name in {*self.strategy.objectives, *config.objectives}]
         scores = any(objective.needs_reward_head for objective in wants)
-        self.reward_template = template_of(self.corpus.preference_config, self.tokenizer) if scores else None
+        self.reward_template = self.corpus.reward_template() if scores else None
         for other in config.references:
             if other.model is not None and reference is None:
                 model_context(other.model)
@@ -187,16 +188,15 @@ class Learner(Supply):
         batches: what the objectives that do not roll out learn from, one for each update; of one that has come to its
             end nothing is learnt any more. Where it has none, the objective's own rows.
         rows: of the rollout, those that are learnt from; None: all. The rollout's metrics are of all.
-        The metrics of the updates are averaged (`ratio_max`: the maximum, `skipped_updates`: the sum).
+        Those of the updates are averaged (`ratio_max`: the maximum, `skipped_updates`: the sum).
         """
         began = time.perf_counter()
         config = self.config.ppo
         check_decoder(coefs, rollout.decoder, rollout.window)
-        chosen = rollout if rows is None else rollout[rows.to(self.policy.device)]
+        chosen = with_advantages(rollout if rows is None else rollout[rows.to(self.policy.device)], config)
         learnt = {name: self.objectives[name].learnt(chosen) for name in coefs if self.objectives[name].rolls_out}
-        sizes = {name: len(of_rollout) for name, of_rollout in learnt.items()}
         steps: list[Metrics] = []
-        for picked in shares(sizes, len(chosen), config, self.shuffler):
+        for picked in shares({name: len(some) for name, some in learnt.items()}, len(chosen), config, self.shuffler):
             of = self.objectives.next_rows((name for name in coefs if name not in learnt), batches)
             of |= {name: learnt[name][some] for name, some in picked.items() if len(some)}
             if not of:
@@ -204,7 +204,7 @@ class Learner(Supply):
             steps.append(self.update(self._terms({name: of[name] for name in coefs if name in of}, coefs)))
             if config.target_kl is not None and steps[-1].get("approx_kl", 0.0) > config.target_kl:
                 break
-        whole = learnt.get("ppo", rollout) if rows is None else self.objectives["ppo"].learnt(rollout)
+        whole = rollout if "ppo" not in learnt else chosen if rows is None else with_advantages(rollout, config)
         metrics = rollout_metrics(whole) | over_updates(steps) | {"kl_coef": self.kl.coef}
         if math.isfinite(metrics["kl"]):  # else its updates were skipped, and it says nothing
             self.kl.update(metrics["kl"], len(rollout))
@@ -242,7 +242,7 @@ class Learner(Supply):
         return self.batch_step({"sft": 1.0}, {"sft": batch})
 
     def preference_step(self, pairs: Pairs | Labelled | Iterable[Any], kind: str = "dpo") -> Metrics:
-        """One optimizer step of objective `kind` (dpo, kto, reward_model) on these pairs, or rows as in `train_data`.
+        """One optimizer step of objective `kind` (dpo, kto, reward_model) on pairs, or rows as in the preferences.
 
         Its settings are the config's `objectives.KIND`.
         """

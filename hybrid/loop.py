@@ -132,8 +132,14 @@ def _check(learner: Learner, strategy: Strategy) -> None:
     """Refuse what the strategy cannot run with."""
     config = learner.config
     config.check_training(strategy)
-    if config.eval.patience is not None and not learner.corpus.eval:
+    held_out, watched = learner.corpus.held_out_preferences, config.eval.objective
+    if config.eval.patience is not None and not (held_out if watched else learner.corpus.eval):
         raise InputError("eval.patience needs held-out data: give eval_data, data.eval or data.eval_fraction")
+    if watched and not held_out:
+        raise InputError(
+            f"eval.metric {config.eval.metric!r} needs held-out data of its objective: give data.eval_fraction, or "
+            "where the preferences have a section of their own preference_data.eval_fraction"
+        )
     for name in {*strategy.objectives, *(["sft"] if strategy.needs_targets else [])}:
         learner.objectives[name].check()
     if strategy.rolls_out:
@@ -277,8 +283,13 @@ class _Loop:
         rollout = learner.rollout(examples) if plan.needs_reward else learner.rollout(examples, scored=False)
         batches = {"sft": strategy.supervised(learner, examples)} if "sft" in plan.coefs else None
         rows = strategy.trained_rows(rollout, examples)
-        metrics = learner.take(plan, rollout, batches, rows=rows)
-        self._log_samples(plan.kind, sample_rows(rollout)[:NUM_SAMPLES])
+        metrics, samples = learner.take(plan, rollout, batches, rows=rows), sample_rows(rollout)[:NUM_SAMPLES]
+        if learner.reward is None:
+            # The zeros of responses that nobody has judged are no measure.
+            names = {"reward", "reward_std", "seconds_reward"}
+            metrics = {name: x for name, x in metrics.items() if name not in names and "reward/" not in name}
+            samples = [{**row, "reward": None, "components": {}} for row in samples]
+        self._log_samples(plan.kind, samples)
         return metrics
 
     def _evaluate(self) -> None:

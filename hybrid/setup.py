@@ -159,7 +159,13 @@ def read_examples_of(
             reward.check_data(targets, items, what=what, hint="name its column with data.target")
     ptx = config.ptx_data.train if ptx_data is None else ptx_data
     second, _ = (_NONE, _NONE) if ptx is None else read_training_sets(ptx, config.ptx_data, seed=seed, hold_out=False)
-    return ExampleSets(train, held_out, second, *_read_both(config.preference_data, preference_data, None, seed))
+    own = config.preference_data
+    if own.eval is not None and preference_data is None and own.train is None:
+        raise InputError(
+            "config: preference_data.eval without preference_data.train: held-out pairs of the training data are "
+            "data.eval, or give preference_data.train"
+        )
+    return ExampleSets(train, held_out, second, *_read_both(own, preference_data, None, seed))
 
 
 def _read_both(data: DataConfig, train_data: Any, eval_data: Any, seed: int) -> tuple[ExampleSet, ExampleSet]:

@@ -24,7 +24,7 @@ from hybrid.core import IGNORE, Batch
 from hybrid.data import pack
 from hybrid.evaluate import EvalConfig
 from hybrid.mixing import Plan, make_strategy, strategy_names
-from hybrid.objectives import PreferencesConfig, objective_class, objective_names
+from hybrid.objectives import PreferencesConfig, objective_class, objective_names, with_advantages
 from hybrid.run import CheckpointConfig, read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -282,7 +282,8 @@ def own(name):
 def rows_of(name, trainer):
     """Rows that the objective may learn from: its own, or a rollout's."""
     if objective_class(name).rolls_out:
-        return trainer.objectives[name].learnt(trainer.rollout(next(trainer.prompts)))
+        rollout = trainer.rollout(next(trainer.prompts))
+        return trainer.objectives[name].learnt(with_advantages(rollout, trainer.config.ppo))
     return trainer.objectives.next_rows([name])[name]
 
 

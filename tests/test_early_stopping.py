@@ -11,6 +11,9 @@ from hybrid.cli import main
 from hybrid.run import CHECKPOINTS, Checkpoints
 
 ROWS = [{"prompt": f"Tell me about day {i}.", "target": f"It was a good day, number {i}."} for i in range(12)]
+PAIRS = [
+    {"prompt": f"Day {i} was", "chosen": f" good, number {i}.", "rejected": f" a bad one, {i}."} for i in range(12)
+]
 NAN = math.nan
 
 
@@ -35,6 +38,22 @@ def make(stories, tmp_path):
         return HybridTrainer(config=HybridConfig.from_dict(values))
 
     return make
+
+
+@pytest.fixture
+def make_on_pairs(make, tmp_path):
+    """The same, that takes its steps by one objective of preferences."""
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+
+    def make_on_pairs(objective="dpo", eval_fraction=0.25, **sections):
+        return make(
+            data={"train": str(pairs), "eval_fraction": eval_fraction},
+            mixing={"strategy": "objective", "objective": objective, "steps": 12},
+            **{"preferences": {"batch_size": 2}, "references": [{"weight": 1.0}], **sections},
+        )
+
+    return make_on_pairs
 
 
 def scripted(trainer, metric, values):
@@ -125,6 +144,58 @@ def test_a_run_that_stopped_early_takes_no_step_when_it_is_resumed(make, capsys)
     assert resumed.num_steps == trainer.num_steps == 4
     assert logged_rows(trainer.folder) == before
     assert capsys.readouterr().err.count("stopped early after step 4") == 2
+
+
+@pytest.mark.parametrize(
+    ("metric", "best", "last"),
+    [("dpo/accuracy", 4, 8), ("dpo/loss", 6, 10), ("reward_model/ece", 6, 10), ("reward_model/accuracy", 4, 8)],
+)
+def test_a_run_stops_by_an_objectives_measure_and_keeps_its_best_checkpoint(make_on_pairs, metric, best, last):
+    options = {"metric": metric, "patience": 2}
+    trainer = make_on_pairs(metric.partition("/")[0], checkpoint={"every": 5, "keep_last": 1}, eval=options)
+    scripted(trainer, metric, [0.5, 0.4, 0.7, 0.2, 0.3, 0.5, 0.6]).train()
+    assert trainer.num_steps == last
+    checkpoints = Checkpoints(trainer.folder / CHECKPOINTS, best=trainer.config.eval.best)
+    assert checkpoints.best() == trainer.folder / CHECKPOINTS / f"step-{best}"
+
+
+def test_a_measure_that_the_objective_finds_is_watched(make_on_pairs):
+    trainer = make_on_pairs(checkpoint={"every": 4}, eval={"metric": "dpo/accuracy", "every": 4})
+    trainer.train()
+    rows = [row for row in logged_rows(trainer.folder) if row["phase"] == "eval"]
+    assert [row["step"] for row in rows] == [0, 4, 8, 12]
+    best = max(rows[1:], key=lambda row: row["dpo/accuracy"])
+    checkpoints = Checkpoints(trainer.folder / CHECKPOINTS, best=trainer.config.eval.best)
+    kept = json.loads((checkpoints.best() / "manifest.json").read_text())["metrics"]
+    assert kept["dpo/accuracy"] == best["dpo/accuracy"]
+
+
+@pytest.mark.parametrize(("metric", "mode", "lr"), [("dpo/accuracy", "max", 2.5e-4), ("dpo/loss", "min", 5e-4)])
+def test_the_rate_falls_where_an_objectives_measure_has_come_to_a_plateau(make_on_pairs, metric, mode, lr):
+    # Of four evaluations after the first two are lower and one, the last, is higher than all before.
+    scheduler = {"name": "reduce_on_plateau", "mode": mode, "factor": 0.5, "patience": 0}
+    trainer = make_on_pairs(scheduler=scheduler, checkpoint={"every": 0}, eval={"metric": metric, "every": 4})
+    scripted(trainer, metric, [0.5, 0.4, 0.3, 0.6]).train()
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(lr)
+
+
+def test_an_objectives_measure_without_held_out_pairs_is_refused(make_on_pairs):
+    trainer = make_on_pairs(eval_fraction=0.0, eval={"metric": "dpo/accuracy"})
+    with pytest.raises(InputError, match=r"'dpo/accuracy' needs held-out data of its objective"):
+        trainer.train()
+    assert trainer.num_steps == 0
+
+
+def test_a_measure_of_an_objective_that_is_not_mixed_is_refused(make):
+    with pytest.raises(InputError, match="which is not in mixing"):
+        make(eval={"metric": "dpo/accuracy"}).train()
+
+
+def test_a_measure_that_the_objective_has_not_is_refused_before_the_first_step(make_on_pairs):
+    trainer = make_on_pairs(eval={"metric": "dpo/ece"})
+    with pytest.raises(InputError, match=r"'dpo/ece' was not measured; this evaluation has .*dpo/accuracy"):
+        trainer.train()
+    assert trainer.num_steps == 0
 
 
 def test_patience_without_held_out_data_is_refused(make):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from run.pages import preference_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -133,6 +134,42 @@ def test_the_card_names_the_base_model_and_the_data_where_they_are_on_the_hub(ru
     assert card.data.base_model == ["HuggingFaceTB/SmolLM2-135M"]
     assert card.data.datasets == ["stanfordnlp/imdb"]
     assert "apply_chat_template([{'role': 'system', 'content': 'Be kind.'}" in card.text
+
+
+@pytest.mark.parametrize(
+    ("mixing", "said", "judges", "writes"),
+    [
+        ({"strategy": "objective", "objective": "dpo"}, "DPO", False, True),
+        ({"strategy": "objective", "objective": "reward_model"}, "reward modelling", True, False),
+        (
+            {"strategy": "blend", "coefs": {"reward_model": 1.0, "dpo": 1.0, "sft": 0.1}},
+            "supervised fine-tuning, DPO and reward modelling in one loop with one optimizer",
+            True,
+            True,
+        ),
+        ({"ppo_steps_per_cycle": 1}, "supervised fine-tuning and PPO in one loop with one optimizer", False, True),
+    ],
+)
+def test_the_card_says_what_was_trained_and_for_what_the_model_is(tmp_path, mixing, said, judges, writes):
+    config = HybridConfig.from_dict(
+        {
+            "model": {"name": "HuggingFaceTB/SmolLM2-135M"},
+            "mixing": mixing,
+            "preference_data": {"train": "Anthropic/hh-rlhf"},
+            "objectives": {"dpo": {"beta": 0.3}},
+        }
+    )
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in preference_rows("dpo")))
+    card = ModelCard(model_card(tmp_path, config, step=4))
+    assert f"trained with HybridTrainer: {said}. Steps: 4 dpo; seed 0." in card.text
+    assert ("RewardModel.from_pretrained" in card.text) == judges
+    assert ("model.generate" in card.text) == writes
+    assert card.data.pipeline_tag == ("text-generation" if writes else None)
+    assert ("reward_model" in card.data.tags) == judges and "dpo" in card.data.tags
+    assert card.data.datasets == ["Anthropic/hh-rlhf"]
+    assert "| Pairwise accuracy, ± standard error | 50.0% ±\u00a05.0% | 87.5% ±\u00a05.0% | +37.5 points |" in card.text
+    assert "16 held-out pairs." in card.text
+    assert "beta: 0.3" in card.text
 
 
 # What is refused

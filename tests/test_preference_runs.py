@@ -1,6 +1,7 @@
 """Whole runs on preferences: over adapters and 4-bit weights, resumed, and what they leave behind."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -99,8 +100,45 @@ def test_a_checkpoint_of_a_reward_model_is_exported_with_it(stories, tmp_path):
     text = [" a good dog."], ["The dog was"]
     scores = [RewardModel.from_pretrained(folder / "reward_model").score(*text) for folder in (run, out)]
     assert torch.equal(*scores)
+    raw, normalized = (
+        make_reward({"type": "reward_model", "path": str(out / "reward_model"), "normalized": of}).score(*text[:1])
+        for of in (False, True)
+    )
+    assert raw != normalized, "the run's evaluation of that step says how scores are distributed"
     assert main(["export", str(run), str(tmp_path / "again")]) == 0
     assert torch.equal(RewardModel.from_pretrained(tmp_path / "again" / "reward_model").score(*text), scores[0])
+
+
+def test_the_code_on_a_reward_models_card_scores_answers(stories, tmp_path, monkeypatch, capsys):
+    HybridTrainer(config=config_of(stories, tmp_path, "reward_model")).train()
+    card = (tmp_path / "run" / "export" / "README.md").read_text()
+    monkeypatch.chdir(tmp_path / "run")
+    capsys.readouterr()
+    exec(re.search(r"```python\n(.*?\n)```", card, re.DOTALL)[1], {})
+    assert re.fullmatch(r"tensor\(\[.*, .*\]\)\n", capsys.readouterr().out)
+
+
+def test_the_report_and_the_console_of_a_run_show_its_pairs(stories, tmp_path, capsys):
+    config = config_of(stories, tmp_path, "reward_model")
+    HybridTrainer(config=replace(config, eval=replace(config.eval, metric="reward_model/accuracy"))).train()
+    out = capsys.readouterr().out
+    assert re.search(r"reward_model step 6/6  eta 0:00  reward_model_loss \S+  accuracy \S+\n", out)
+    assert re.search(r"eval step 6/6 .* reward_model/loss \S+  reward_model/accuracy \S+  reward_model/ece \S+\n", out)
+    html = (tmp_path / "run" / "report.html").read_text("utf-8")
+    captions = re.findall(r"<figcaption>(.*?) <small>", html)
+    assert {"Reward model loss", "Pairwise accuracy", "Rewards", "Margin", "Calibration", "Margins"} <= set(captions)
+    assert html.count('<h3 class="pair">') == 3
+    assert "on 3 held-out pairs" in html
+
+
+def test_responses_that_nobody_judged_have_no_reward_in_the_log(stories, tmp_path):
+    config = config_of(stories, tmp_path, "distill")
+    HybridTrainer(config=replace(config, mixing={**config.mixing, "steps": 1})).train()
+    (row,) = [row for row in read_jsonl(tmp_path / "run" / "metrics.jsonl") if row["phase"] == "distill"]
+    assert {"loss", "kl", "response_length"} <= row.keys()
+    assert [name for name in row if "reward" in name] == []
+    samples = [row for row in read_jsonl(tmp_path / "run" / "samples.jsonl") if row["phase"] == "distill"]
+    assert samples and all(row["reward"] is None and row["components"] == {} for row in samples)
 
 
 def test_ppo_learns_from_a_reward_model_that_was_trained_here(stories, tmp_path):
@@ -124,3 +162,20 @@ def test_what_pairs_were_rated_is_kept_at_every_evaluation(stories, tmp_path):
     before, after = ([row for row in rows if row["step"] == step] for step in (0, 6))
     assert all(abs(row["chosen_reward"]) < 1e-4 for row in before)
     assert sum(row["chosen_reward"] > row["rejected_reward"] for row in after) > len(after) / 2
+
+
+def test_metrics_that_two_objectives_have_are_told_apart(stories, tmp_path):
+    mixing = {"strategy": "blend", "coefs": {"dpo": 1.0, "reward_model": 0.5}, "steps": 2}
+    HybridTrainer(config=replace(config_of(stories, tmp_path / "a", "dpo"), mixing=mixing)).train()
+    rows = [row for row in logged_rows(tmp_path / "a" / "run") if row["phase"] == "joint"]
+    assert all("accuracy" not in row for row in rows)
+    assert rows[0]["dpo/accuracy"] == 0.5 != rows[0]["reward_model/accuracy"]
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_held_out_pairs_of_both_methods_have_one_reward(objective, stories, tmp_path):
+    trainer = HybridTrainer(config=config_of(stories, tmp_path / "a", objective))
+    trainer.train()
+    found = trainer.evaluate()
+    assert found[f"{objective}/accuracy"] > 0.5
+    assert found[f"{objective}/chosen_reward"] > found[f"{objective}/rejected_reward"]

@@ -152,14 +152,28 @@ def read_training_sets(
 def split_examples(examples: Sequence[Example], fraction: float, *, seed: int) -> tuple[list[Example], list[Example]]:
     """(train, eval): a random `fraction` of the examples, at least one where it is > 0, is held out.
 
+    Of preferences it is the fraction of the prompts: all that is known of one stays together.
     A pure function of the examples' order and the seed; both parts keep that order.
     """
-    count = max(1, round(fraction * len(examples))) if fraction else 0
-    if count and count >= len(examples):
-        raise InputError(f"holding out {fraction} of {len(examples)} examples leaves none to train on")
-    held_out = set(random.Random(seed).sample(range(len(examples)), count))
+    groups = _by_prompt(examples)
+    count = max(1, round(fraction * len(groups))) if fraction else 0
+    if count and count >= len(groups):
+        prompts = "" if len(groups) == len(examples) else f" (the number of their prompts is {len(groups)})"
+        raise InputError(f"holding out {fraction} of {len(examples)} examples{prompts} leaves none to train on")
+    held_out = {i for group in random.Random(seed).sample(range(len(groups)), count) for i in groups[group]}
     train = [example for i, example in enumerate(examples) if i not in held_out]
     return train, [examples[i] for i in sorted(held_out)]
+
+
+def _by_prompt(examples: Sequence[Example]) -> list[list[int]]:
+    """The numbers of the examples: preferences to one prompt together, other examples each alone."""
+    if all(e.rejected is None for e in examples):
+        return [[i] for i in range(len(examples))]
+    groups: dict[str, list[int]] = {}
+    for i, e in enumerate(examples):
+        start = e.messages[: e.num_prompt_messages]
+        groups.setdefault(repr((start or e.prompt, e.tools)), []).append(i)
+    return list(groups.values())
 
 
 def _filtered(placed: Sequence[Placed], name: str) -> list[Placed]:
@@ -191,7 +205,7 @@ def _keeps(keep: Callable[[Mapping[str, Any]], Any], row: Mapping[str, Any], whe
 def _mapped(
     placed: Sequence[Placed], config: DataConfig, name: str, *, drop: bool = True
 ) -> tuple[list[Example], str, Counter[str]]:
-    """The rows' examples, which column is what, and how many rows were no preferences, by the reason.
+    """The rows' examples, which column is what, and how many pairs were left out, by the reason.
 
     drop: whether these are left out; else they are an InputError.
     """
@@ -200,12 +214,18 @@ def _mapped(
     examples: list[Example] = []
     flaws: Counter[str] = Counter()
     for place, row in placed:
+        flawed: list[Flawed] = []
         try:
-            examples += layout.examples(row, place) if isinstance(layout, Ranked) else [layout.example(row, place)]
+            if isinstance(layout, Ranked):
+                made, flawed = layout.examples(row, place)
+                examples += made
+            else:
+                examples.append(layout.example(row, place))
         except Flawed as flaw:
-            if not drop:
-                raise
-            flaws[flaw.reason] += 1
+            flawed = [flaw]
+        if flawed and not drop:
+            raise flawed[0]
+        flaws.update(flaw.reason for flaw in flawed)
     unused = [column for column in columns_of(rows) if column not in (*layout.needs, *layout.takes)]
     return examples, layout.says() + (f"; unused columns: {listed(unused)}" if unused else ""), flaws
 

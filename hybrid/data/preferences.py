@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from numbers import Real
 from typing import Any
 
 from hybrid.core import Example, InputError
@@ -31,7 +32,7 @@ class Preferred:
 
     prompt: None where both sides are whole dialogues: their longest common beginning, up to a turn's border, is the
         prompt then, be they lists of messages or transcripts ("\\n\\nHuman: … \\n\\nAssistant: …").
-        A prompt that both sides repeat is not taken twice.
+        A prompt that both sides repeat is not taken twice; of dialogues the beginning that ends with it is the prompt.
     margin: a number, by how much the chosen one is better.   weight: one above 0, what the pair counts.
     """
 
@@ -63,12 +64,13 @@ class Preferred:
     def example(self, row: Row, where: str) -> Example:
         """Raises Flawed where the sides are equal or one is empty."""
         prompt, chosen, rejected = self._sides(row, where)
-        texts = {"prompt": prompt, self.chosen: chosen, self.rejected: rejected}
+        named = self.prompt or "prompt"
+        texts = {named: prompt, self.chosen: chosen, self.rejected: rejected}
         tools = {} if self.tools is None else {self.tools: row.get(self.tools)}
         made = []
         for side in (self.chosen, self.rejected):
             as_list = any(not isinstance(text, str) for text in (prompt, texts[side]))
-            layout: Layout = Turns("prompt", side, self.tools) if as_list else Pair("prompt", side)
+            layout: Layout = Turns(named, side, self.tools) if as_list else Pair(named, side)
             made.append(replace(layout.example({**texts, **tools}, where), item=row))
         best, other = made
         _check_sides(best, other, where)
@@ -79,7 +81,10 @@ class Preferred:
 
     def _number(self, row: Row, column: str | None, where: str) -> float | None:
         value = None if column is None else row.get(column)
-        return None if value is None or is_missing(value) else _number(value, f"{where}: column {column!r}")
+        # A CSV file has an empty text where there is no number.
+        if is_missing(value) or (isinstance(value, str) and not value.strip()):
+            return None
+        return _number(value, f"{where}: column {column!r}")
 
     def _sides(self, row: Row, where: str) -> tuple[Any, Any, Any]:
         """(prompt, chosen, rejected), each a text or a list of messages."""
@@ -88,6 +93,10 @@ class Preferred:
             return _parted(sides[0], sides[1], where)
         prompt = self._side(row, self.prompt, where)
         start = _messages(prompt)
+        if all(not isinstance(side, str) and side and side[0]["role"] != "assistant" for side in sides):
+            common, *answers = _parted(sides[0], sides[1], where)
+            if _without_space(common[-len(start) :]) == _without_space(start):
+                return (common, *answers)
         if all(isinstance(side, str) for side in sides):
             repeats = isinstance(prompt, str) and all(prompt and side.startswith(prompt) for side in sides)
         else:
@@ -97,6 +106,10 @@ class Preferred:
 
     def _side(self, row: Row, column: str, where: str) -> Any:
         value = cell(row, column, where, LEAVE_OUT)
+        # An answer that is one message may stand alone.
+        value = [value] if isinstance(value, Mapping) and column != self.prompt else value
+        if is_list(value) and not len(value) and column != self.prompt:
+            raise Flawed(where, "with an empty side")
         # A whole dialogue may be JSON, as CSV files have it; of an answer alone that may be what was said.
         if is_list(value) or (self.prompt is None and isinstance(value, str) and value.startswith("[{")):
             return messages_of(value, f"{where}: column {column!r}")
@@ -131,10 +144,10 @@ class Ranked:
 
     def example(self, row: Row, where: str) -> Example:
         """The first of `examples`."""
-        return self.examples(row, where)[0]
+        return self.examples(row, where)[0][0]
 
-    def examples(self, row: Row, where: str) -> list[Example]:
-        """A pair each. Raises Flawed where no answer is better than another."""
+    def examples(self, row: Row, where: str) -> tuple[list[Example], list[Flawed]]:
+        """A pair each, and what is wrong with those that are none. Raises Flawed where there is no sound one."""
         texts, numbers = (self._listed(row, column, where) for column in (self.responses, self.scores))
         place = f"{where}: column {self.scores!r}"
         if len(texts) != len(numbers):
@@ -146,8 +159,16 @@ class Ranked:
             raise Flawed(where, "without an answer that is better than another")
         layout = Preferred(self.prompt, margin=None, weight=None, tools=None)
         sides = [{self.prompt: row.get(self.prompt), "chosen": texts[i], "rejected": texts[j]} for i, j in pairs]
-        made = [layout.example(side, where) for side in sides]
-        return [replace(example, item=row, weight=1 / len(pairs)) for example in made]
+        made: list[Example] = []
+        flaws: list[Flawed] = []
+        for side in sides:
+            try:
+                made.append(layout.example(side, where))
+            except Flawed as flaw:
+                flaws.append(flaw)
+        if not made:
+            raise flaws[0]
+        return [replace(example, item=row, weight=1 / len(made)) for example in made], flaws
 
     def _listed(self, row: Row, column: str, where: str) -> list[Any]:
         value = cell(row, column, where, LEAVE_OUT)
@@ -200,8 +221,10 @@ def is_verdict(value: Any) -> bool:
 
 
 def _verdict(value: Any, place: str) -> bool:
-    if is_verdict(value) or value in (0, 1):
-        return value.strip().lower() == "true" if isinstance(value, str) else bool(value)
+    if isinstance(value, str) and value.strip().lower() in ("true", "false", "1", "0"):
+        return value.strip().lower() in ("true", "1")
+    if is_bool(value) or (isinstance(value, Real) and value in (0, 1)):
+        return bool(value)
     raise InputError(f"{place} must be true or false, got {value!r:.60}")
 
 
@@ -224,13 +247,25 @@ def _check_sides(best: Example, other: Example, where: str) -> None:
 
 
 def _answer(example: Example) -> Any:
-    """What tells one answer from another."""
-    return example.messages[example.num_prompt_messages :] if example.messages else example.target.strip()
+    """What tells one answer from another, but for the white space around it; nothing where nothing is said."""
+    if not example.messages:
+        return example.target.strip()
+    turns = [dict(turn) for turn in example.messages[example.num_prompt_messages :]]
+    for turn in turns:
+        if isinstance(turn.get("content"), str):
+            turn["content"] = turn["content"].strip()
+    return turns if any(turn.get("content") or turn.get("tool_calls") for turn in turns) else None
 
 
 def _messages(side: Any) -> tuple[Mapping[str, Any], ...]:
     """The messages of a side; a prompt's text is the user's turn."""
     return ({"role": "user", "content": side},) if isinstance(side, str) else side
+
+
+def _without_space(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """What tells turns apart but for the white space around what is said."""
+    said = [(message["role"], message.get("content")) for message in messages]
+    return [(role, content.strip() if isinstance(content, str) else content) for role, content in said]
 
 
 def _parted(chosen: Any, rejected: Any, where: str) -> tuple[Any, Any, Any]:
@@ -243,7 +278,7 @@ def _parted(chosen: Any, rejected: Any, where: str) -> tuple[Any, Any, Any]:
         if end < len(ASSISTANT):
             raise InputError(
                 f"{where}: there is no prompt column, and the sides have no beginning in common that ends with "
-                f"{ASSISTANT!r}; name the prompt's column with data.prompt"
+                f"{ASSISTANT!r}; name the prompt's column with data.prompt, or {LEAVE_OUT}"
             )
         if HUMAN in chosen[end:] or HUMAN in rejected[end:]:
             raise Flawed(where, "whose sides part before the last answer")
@@ -255,8 +290,5 @@ def _parted(chosen: Any, rejected: Any, where: str) -> tuple[Any, Any, Any]:
     while count and chosen[count - 1]["role"] == "assistant":
         count -= 1
     if not count:
-        raise InputError(
-            f"{where}: there is no prompt column, and the sides differ in their prompt: they begin with no turn in "
-            f"common; {LEAVE_OUT}"
-        )
+        raise InputError(f"{where}: the sides differ in their prompt: they begin with no turn in common; {LEAVE_OUT}")
     return chosen[:count], chosen[count:], rejected[count:]

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from hybrid.core import InputError, check_seed, unknown_name
 from hybrid.evaluate.text import TEXT_METRICS, check_text_metrics
+from hybrid.objectives import Objective, objective_class, objective_names
 from hybrid.rollout import SamplingConfig, make_decoder
-from hybrid.run import BETTER
+from hybrid.run import better_end
 
 __all__ = ["EvalConfig"]
 
@@ -18,7 +19,8 @@ class EvalConfig:
     """Evaluation on held-out examples: before the first step, after the last, and in between.
 
     The best checkpoint, early stopping and the scheduler reduce_on_plateau go by `metric`: any measure that an
-    evaluation prints, such as sft_loss, reward, a text metric, or reward/PART/raw_mean of a composite reward.
+    evaluation prints, such as sft_loss, reward, a text metric, reward/PART/raw_mean of a composite reward, or a measure
+    of one of the mixture's objectives: dpo/accuracy, reward_model/ece.
     """
 
     every: int = 0  # steps between evaluations; 0: only before and after
@@ -46,12 +48,7 @@ class EvalConfig:
             object.__setattr__(self, "_decoder", made)
             object.__setattr__(self, "decoder", dict(self.decoder) if made is not self.decoder else made.spec())
         check_text_metrics(self.text_metrics)
-        if self.metric not in (known := self.measured(with_reward=True)) and not self.metric.startswith("reward/"):
-            if self.metric in TEXT_METRICS:
-                raise InputError(f"eval.metric {self.metric!r} is not measured: add it to eval.text_metrics")
-            raise unknown_name("eval.metric", self.metric, known)
-        if self.mode == "auto" and self.metric not in BETTER:
-            raise InputError(f"eval.metric {self.metric!r} has no better end of its own: set eval.mode to min or max")
+        self._check_metric()
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"EvalConfig.patience must be >= 1, got {self.patience}")
         if self.patience is not None and not self.every:
@@ -60,6 +57,29 @@ class EvalConfig:
             )
         if not 0 <= self.min_delta < math.inf:
             raise ValueError(f"EvalConfig.min_delta must be >= 0 and finite, got {self.min_delta}")
+
+    def _check_metric(self) -> None:
+        """Refuse (InputError) a metric that no evaluation has, and one of which nobody knows the better end."""
+        objectives = _measuring_objectives()
+        of_reward = self.metric.startswith("reward/")
+        if self.objective not in objectives and self.metric not in self.measured(with_reward=True) and not of_reward:
+            if self.metric in TEXT_METRICS:
+                raise InputError(f"eval.metric {self.metric!r} is not measured: add it to eval.text_metrics")
+            if self.objective in objective_names():
+                raise InputError(
+                    f"eval.metric {self.metric!r}: objective {self.objective!r} measures nothing of held-out examples; "
+                    f"those that do are {', '.join(objectives)}"
+                )
+            known = {*self.measured(with_reward=True), *(f"{name}/accuracy" for name in objectives)}
+            raise unknown_name("eval.metric", self.metric, known)
+        if self.mode == "auto" and better_end(self.metric) is None:
+            raise InputError(f"eval.metric {self.metric!r} has no better end of its own: set eval.mode to min or max")
+
+    @property
+    def objective(self) -> str | None:
+        """Whose measure is watched: "dpo" of dpo/accuracy. None: no objective's."""
+        name, slash, _ = self.metric.partition("/")
+        return name if slash and name != "reward" else None
 
     def measured(self, *, with_reward: bool) -> set[str]:
         """The measures of an evaluation that has targets, by name, as far as they can be known before it."""
@@ -80,7 +100,9 @@ class EvalConfig:
     @property
     def best(self) -> tuple[str, Literal["min", "max"]]:
         """The metric that is watched, and which end of it is the better."""
-        return self.metric, BETTER[self.metric] if self.mode == "auto" else self.mode
+        better = better_end(self.metric) if self.mode == "auto" else self.mode
+        assert better is not None  # or it would have been refused
+        return self.metric, better
 
     def watched(self, metrics: Mapping[str, float]) -> float | None:
         """The watched metric of an evaluation; None where nobody asked for it. Raises InputError where it is missing.
@@ -90,7 +112,7 @@ class EvalConfig:
         if self.metric not in metrics and (self.metric != "sft_loss" or self.patience is not None):
             raise InputError(
                 f"eval.metric {self.metric!r} was not measured; this evaluation has {', '.join(metrics)} "
-                "(the losses and the text metrics need held-out targets)"
+                "(the losses and the text metrics need held-out targets, an objective's measures held-out pairs)"
             )
         return metrics.get(self.metric)
 
@@ -100,3 +122,8 @@ class EvalConfig:
             return math.isfinite(value)
         sign = 1 if self.best[1] == "max" else -1
         return math.isfinite(value) and sign * (value - best) > self.min_delta
+
+
+def _measuring_objectives() -> list[str]:
+    """The objectives that have measures of their own."""
+    return [name for name in objective_names() if objective_class(name).evaluate is not Objective.evaluate]

@@ -1,13 +1,18 @@
 """The chat template that a reward model's tokenizer carries: prompt and response as the text it was trained on."""
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
-from hybrid.core import Example, InputError
+from hybrid.core import Encoded, Example, InputError
 from hybrid.data import DataConfig, encode, prompt_text
 from hybrid.data.tokens import opening, tokens
 
 __all__ = ["rendered", "template_of"]
 
+logger = logging.getLogger(__name__)
+
+NUM_TRIED = 256  # of the pairs that a template is tried on
 # Two beginnings, one with a space, of a prompt and of a text without one. The responses that go on with a space melt
 # into no prompt.
 PROBES = (("Once upon", " a time"), (" Once upon", " a time"), ("", "Once upon a time"), ("", " Once upon a time"))
@@ -16,7 +21,7 @@ ONE_EACH = (
 )
 
 
-def template_of(config: DataConfig, tokenizer: Any) -> str:
+def template_of(config: DataConfig, tokenizer: Any, pairs: Sequence[Encoded] = ()) -> str:
     """A chat template that maps a user's turn (the prompt) and an assistant's (the response) to the text of a row.
 
         tokenizer.apply_chat_template(turns, chat_template=template_of(config, tokenizer), tokenize=False)
@@ -31,6 +36,7 @@ def template_of(config: DataConfig, tokenizer: Any) -> str:
     No text has the row's tokens where one of the text's tokens would reach across the seam between prompt and
     response, which `encode` keeps (a template that ends in a space; a response that starts with the line break its
     template ends with), or where prompt or response hold a special token's text.
+    pairs: of the first of them those with such rows are counted in a warning.
     Raises InputError where the tokenizer writes no such text at all, and what `encode` and the chat template raise.
     Ask before the training, not after it.
     """
@@ -42,6 +48,8 @@ def template_of(config: DataConfig, tokenizer: Any) -> str:
         template = _template(config, tokenizer, front, space)
         failed = _difference(config, tokenizer, template)
         if not failed:
+            if config.template != "chat":
+                _warn_of_seams(tokenizer, template, pairs[:NUM_TRIED])
             return template
     raise InputError(
         f"with this tokenizer no text has the tokens of the rows that data.template = {config.template!r} makes: "
@@ -113,6 +121,22 @@ def _front(tokenizer: Any) -> str:
 def _literal(text: str) -> str:
     """A text as Jinja reads it: in ASCII, line breaks escaped, so that no rule of white space applies to it."""
     return ascii(text)
+
+
+def _warn_of_seams(tokenizer: Any, template: str, pairs: Sequence[Encoded]) -> None:
+    """Say of how many answers the text has other tokens than the row that is trained."""
+    sides = [side for e in pairs for side in (e, e.rejected) if side is not None]
+    texts = [rendered(tokenizer, side.prompt, side.target, template) for side in sides]
+    other = [
+        side.prompt for side, text in zip(sides, texts, strict=True) if tuple(tokens(tokenizer, text)) != side.input_ids
+    ]
+    if other:
+        logger.warning(
+            "of the first %d answers %d have other tokens in the text that the saved reward model reads, where it will "
+            "give other scores than it is trained to: a token reaches across the seam behind %r. Take off the space "
+            "that the prompts, or data.template, end in",
+            len(sides), len(other), other[0][-30:],
+        )  # fmt: skip
 
 
 def _difference(config: DataConfig, tokenizer: Any, template: str) -> str:

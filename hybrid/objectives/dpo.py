@@ -68,7 +68,8 @@ class DPO(Objective[Pairs]):
         return self.parts.pairs(given)
 
     def term(self, rows: Pairs, coef: float = 1.0) -> Term[Pairs]:
-        return super().term(self._with_reference(rows), coef)
+        pairs = rows if isinstance(rows, Pairs) else self.rows_of(rows)
+        return super().term(self._with_reference(pairs), coef)
 
     def loss_of(self, whole: Pairs) -> Callable[[Pairs], Loss]:
         def loss(part: Pairs) -> Loss:

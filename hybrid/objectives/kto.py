@@ -1,16 +1,17 @@
 """KTO: answers that were called good made likelier, bad ones less likely. No optimizer in here."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hybrid.core import Labelled, by_length
+from hybrid.core import Encoded, Labelled, by_length
 from hybrid.functional import kto_loss
 from hybrid.objectives.accumulate import Loss, Term
-from hybrid.objectives.objective import Objective, Parts, register_objective
+from hybrid.objectives.dpo import DPO
+from hybrid.objectives.objective import Measures, Objective, Parts, register_objective
 from hybrid.objectives.preference_config import PreferencesConfig
 from hybrid.objectives.reference_logprob import ReferenceLogprob
 
@@ -47,6 +48,7 @@ class KTO(Objective[Labelled]):
             "beta": beta, "desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight,
         }  # fmt: skip
         self.reference = ReferenceLogprob(parts, reference)
+        self._pairs = DPO(parts, preferences, beta=beta, reference=reference)  # what it measures held-out pairs with
 
     @classmethod
     def check_settings(cls, **settings: Any) -> None:
@@ -67,7 +69,13 @@ class KTO(Objective[Labelled]):
         return self.parts.answers(given)
 
     def term(self, rows: Labelled, coef: float = 1.0) -> Term[Labelled]:
-        return super().term(self._with_reference(rows), coef)
+        answers = rows if isinstance(rows, Labelled) else self.rows_of(rows)
+        return super().term(self._with_reference(answers), coef)
+
+    def evaluate(self, examples: Sequence[Encoded], batch_size: int) -> Measures:
+        """Of held-out pairs, what `dpo` says but for its loss: both have the reward beta log(pi / ref)."""
+        metrics, rows = self._pairs.evaluate(examples, batch_size)
+        return Measures({name: value for name, value in metrics.items() if name != "loss"}, rows)
 
     def loss_of(self, whole: Labelled) -> Callable[[Labelled], Loss]:
         kl, share = self._kl(whole), float(whole.label.float().mean())

@@ -131,7 +131,7 @@ class Objective(ABC, Generic[Record]):
         return cast(Record, rows)
 
     def learnt(self, rollout: Rollout) -> Record:
-        """What it learns from of the step's rollout; its minibatches are parts of that."""
+        """What it learns from of the step's rollout, which has advantages; its minibatches are parts of that."""
         rows: Any = rollout
         return cast(Record, rows)
 

@@ -1,7 +1,7 @@
 """Objectives that learn from a rollout by its scores alone: the best against the worst, or the best imitated."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybrid.core import IGNORE, Batch, InputError, Pairs, Rollout, by_length
+from hybrid.core import IGNORE, Batch, Encoded, InputError, Pairs, Rollout, by_length
 from hybrid.data import collate_pairs
 from hybrid.functional import PreferenceKind, sft_loss
 from hybrid.models import response_stats
 from hybrid.objectives.accumulate import Loss
 from hybrid.objectives.dpo import DPO
-from hybrid.objectives.objective import Objective, Parts, register_objective
+from hybrid.objectives.objective import Measures, Objective, Parts, register_objective
 from hybrid.objectives.ppo_config import PPOConfig
 from hybrid.objectives.preference_config import PreferencesConfig
 from hybrid.rollout import SamplingConfig
@@ -93,7 +93,18 @@ class SPIN(DPO):
         margin: float = 0.0,
     ):
         super().__init__(parts, preferences, kind, beta, label_smoothing, margin)
-        self.needs_reference = False  # its own, which the pairs bring along
+
+    def check(self) -> None:
+        Objective.check(self)  # its pairs bring their reference along
+        if not any(example.has_target for example in self.parts.loader.examples):
+            raise InputError(
+                f"objective {self.name!r} sets targets against the policy's responses, and no training example has "
+                "one: name their column with data.target"
+            )
+
+    def evaluate(self, examples: Sequence[Encoded], batch_size: int) -> Measures:
+        """As `dpo`, against the first of the config's references; nothing where there is none."""
+        return super().evaluate(examples, batch_size) if self.parts.references else Measures({}, [])
 
     def rows(self) -> Iterator[Pairs]:
         return Objective.rows(self)
@@ -106,14 +117,16 @@ class SPIN(DPO):
         pairs = []
         for row, example in enumerate(rollout.examples):
             answer = rollout.input_ids[row, rollout.prompt_length :][rollout.mask[row]].tolist()
-            labels = [IGNORE] * len(example.prompt_ids) + answer
-            said = replace(example, input_ids=(*example.prompt_ids, *answer), labels=tuple(labels), rejected=None)
-            if example.has_target and said.input_ids != example.input_ids:
-                pairs.append(replace(example, rejected=said, weight=1.0))
-        if not pairs:
-            raise InputError(
-                f"objective {self.name!r}: no prompt of a rollout has a target that differs from the response"
+            untrained = (IGNORE,) * len(example.prompt_ids)
+            said = replace(
+                example, input_ids=(*example.prompt_ids, *answer), labels=(*untrained, *answer), rejected=None
             )
+            # Of plain text the prompt is trained too, which the response has not said.
+            target = replace(example, labels=(*untrained, *example.labels[len(untrained) :]), rejected=said, weight=1.0)
+            if target.has_target and said.input_ids != example.input_ids:
+                pairs.append(target)
+        if not pairs:
+            return Pairs(batch_of(rollout, rollout.score.new_zeros(0).long()), rollout.score[:0], rollout.score[:0])
         found = self.parts.pairs(collate_pairs(pairs, pad_id=0))
         opponent = self._own_logprob(replace(found, temperature=rollout.temperature))
         return replace(found, temperature=rollout.temperature, ref_logprob=opponent)

@@ -11,7 +11,6 @@ from hybrid.core import InputError, Rollout
 from hybrid.functional import aggregate, importance_weight, kl_estimate, loss_divisor, policy_loss, value_loss
 from hybrid.models import Policy, before_response, response_stats
 from hybrid.objectives.accumulate import Loss
-from hybrid.objectives.advantages import with_advantages
 from hybrid.objectives.objective import Objective, Parts, register_objective
 from hybrid.objectives.ppo_config import PPOConfig
 from hybrid.rollout import KLConfig
@@ -31,9 +30,6 @@ class PPO(Objective[Rollout]):
         super().__init__(parts)
         self.config, self.kl = ppo, kl
         self.lr_factor, self.microbatch_size = ppo.lr_factor, ppo.microbatch_size
-
-    def learnt(self, rollout: Rollout) -> Rollout:
-        return with_advantages(rollout, self.config)
 
     def loss_of(self, whole: Rollout) -> Callable[[Rollout], Loss]:
         return partial(

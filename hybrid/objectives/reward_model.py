@@ -52,7 +52,7 @@ class RewardModelObjective(Objective[Pairs]):
                 f"objective {self.name!r} trains a reward head, and the policy has none: name it in the config's "
                 f"mixing or objectives (objectives.{self.name}={{}}), so that the optimizer has it too"
             )
-        return super().term(rows, coef)
+        return super().term(rows if isinstance(rows, Pairs) else self.rows_of(rows), coef)
 
     def loss_of(self, whole: Pairs) -> Callable[[Pairs], Loss]:
         return partial(self._loss, num_pairs=whole.num_pairs)

@@ -1,6 +1,7 @@
 """One optimizer step out of several terms, with the phase's learning rate; none where it is not finite."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,10 +46,11 @@ def update(
         rate = lr * mean over terms, weighted by coef, of lr_factor
 
     scaler: of float16's losses; None: no scaling.   row_limits: see `accumulate`, which may lower them.
-    Returns the terms' metrics, then loss (the sum; of several terms also each one's, as NAME_loss), grad_norm (before
-    clipping), lr (of the first group), and skipped: 1.0 where the loss or the gradient was not finite, in which case
-    no weight and no state of the optimizer has changed. With a scaler also loss_scale, and overflow: 1.0 where the
-    gradient alone was not finite and the scale has been halved for it, which float16 needs now and then.
+    Returns the terms' metrics (of a name that several have, as NAME/metric), then loss (the sum; of several terms also
+    each one's, as NAME_loss), grad_norm (before clipping), lr (of the first group), and skipped: 1.0 where the loss or
+    the gradient was not finite, in which case no weight and no state of the optimizer has changed. With a scaler also
+    loss_scale, and overflow: 1.0 where the gradient alone was not finite and the scale has been halved for it, which
+    float16 needs now and then.
     """
     scaler = scaler or GradScaler(enabled=False)
     of_terms = accumulate(optimizer, terms, scaler, {} if row_limits is None else row_limits)
@@ -58,11 +60,7 @@ def update(
     merged, (grad_norm,) = on_host(of_terms, norm)
     if grad_norm > max_grad_norm:
         nn.utils.clip_grads_with_norm_(module.parameters(), max_grad_norm, norm)
-    metrics: dict[str, float] = {}
-    for term, of_term in zip(terms, merged, strict=True):
-        if len(terms) > 1:
-            metrics[f"{term.name}_loss"] = of_term["loss"]
-        metrics |= of_term
+    metrics = _named_apart(terms, merged)
     loss = sum(term.coef * of_term["loss"] for term, of_term in zip(terms, merged, strict=True))
     finite = math.isfinite(grad_norm) and math.isfinite(loss)
     total = sum(term.coef for term in terms)
@@ -78,6 +76,19 @@ def update(
         scaler.update(None if finite or overflow else scale)
         metrics |= {"loss_scale": scale, "overflow": float(overflow)}
     return {**metrics, "loss": loss, "grad_norm": grad_norm, "lr": lr, "skipped": float(not finite)}
+
+
+def _named_apart(terms: Sequence[Term[Any]], merged: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The terms' metrics in one; what several of them have is told apart as NAME/metric."""
+    counts = Counter(name for of_term in merged for name in of_term)
+    metrics: dict[str, float] = {}
+    for term, of_term in zip(terms, merged, strict=True):
+        if len(terms) > 1:
+            metrics[f"{term.name}_loss"] = of_term["loss"]
+        for name, value in of_term.items():
+            if name != "loss":
+                metrics[name if counts[name] == 1 else f"{term.name}/{name}"] = value
+    return metrics
 
 
 def over_updates(steps: Sequence[dict[str, float]]) -> dict[str, float]:

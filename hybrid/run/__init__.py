@@ -3,7 +3,8 @@
 from hybrid.run.checkpoint import clear_parts, disk_errors, filled_folder, write_file
 from hybrid.run.checkpoints import MANIFEST, CheckpointConfig, Checkpoints
 from hybrid.run.compare import comparison_table, write_comparison
-from hybrid.run.report import BETTER, Summary, SummaryRow, summary, summary_table, write_report
+from hybrid.run.measures import better_end
+from hybrid.run.report import Summary, SummaryRow, summary, summary_table, write_report
 from hybrid.run.signals import stop_requested
 from hybrid.run.state_file import load_state, save_state
 from hybrid.run.track import (
@@ -21,7 +22,6 @@ from hybrid.run.track import (
 from hybrid.run.trackers import Trackers, check_trackers, make_trackers
 
 __all__ = [
-    "BETTER",
     "CHECKPOINTS",
     "CONFIG",
     "EXPORT",
@@ -34,6 +34,7 @@ __all__ = [
     "Summary",
     "SummaryRow",
     "Trackers",
+    "better_end",
     "check_trackers",
     "check_unlocked",
     "clear_parts",

@@ -1,6 +1,5 @@
 """Several runs on one page: curves overlaid, last evaluations, settings and samples side by side."""
 
-import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from hybrid.core import InputError
 from hybrid.run.checkpoint import disk_errors, write_file
-from hybrid.run.curves import PANELS, TRAINING, Curve, Points, Rows, dress, finite, inlined, points_of
+from hybrid.run.curves import INKS, Curve, Points, drawing, dress, finite, labelled, points_of
+from hybrid.run.measures import better_end, measures_of
+from hybrid.run.panels import TRAINING, Line, Rows, attributed, panels, training_phases
 from hybrid.run.report import (
-    BETTER,
-    MEASURES,
     NUM_SAMPLES,
     config_text,
     facts_of,
@@ -25,6 +24,7 @@ from hybrid.run.report import (
 from hybrid.run.track import SAMPLES, read_jsonl
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from rich.table import Table
 
 __all__ = ["comparison_table", "write_comparison"]
@@ -163,24 +163,29 @@ def _when(run: _Run) -> str:
     if not run.evaluation:
         return "no evaluation"
     prompts = finite(run.evaluation, "num_prompts")
-    return f"step {run.evaluation['step']}" + ("" if prompts is None else f", {prompts:.0f} prompts")
+    pairs = max((finite(run.evaluation, key) or 0.0 for key in run.evaluation if key.endswith("/num_pairs")), default=0)
+    counts = (prompts is not None, f", {prompts or 0:.0f} prompts"), (pairs > 0, f", {pairs:.0f} pairs")
+    return f"step {run.evaluation['step']}" + "".join(text for is_known, text in counts if is_known)
 
 
 def _measures(runs: Sequence[_Run]) -> list[_Measure]:
     """What any of the last evaluations has measured: the report's measures first, then the others."""
-    known = {key: (name, unit, format) for key, name, unit, format, _ in MEASURES}
+    known = {
+        key: (name, unit, format)
+        for key, name, unit, format, _ in measures_of((run.evaluation for run in runs), every=True)
+    }
     others = {key: (*_MORE.get(key, (key, "")), "{:z.4g}") for run in runs for key in run.evaluation}
     measures = []
     for key, (name, unit, format) in (
         known | {key: other for key, other in others.items() if key not in known}
     ).items():
         numbers = [finite(run.evaluation, key) for run in runs]
-        if key in _ASIDE or key.endswith("_sem") or all(number is None for number in numbers):
+        if key in _ASIDE or key.endswith(("_sem", "/num_pairs")) or all(number is None for number in numbers):
             continue
         texts = [format.format(number) if number is not None else None for number in numbers]
-        best = None
-        if key in BETTER:
-            best = (max if BETTER[key] == "max" else min)(number for number in numbers if number is not None)
+        best, better = None, better_end(key)
+        if better is not None:
+            best = (max if better == "max" else min)(number for number in numbers if number is not None)
         # What reads the same is as good; where all runs are the best, none is.
         marked = tuple(text is not None and best is not None and text == format.format(best) for text in texts)
         if all(mark or text is None for mark, text in zip(marked, texts, strict=True)):
@@ -249,52 +254,57 @@ def _side_by_side(runs: Sequence[_Run]) -> list[list[dict[str, Any] | None]]:
 
 def _curves(runs: Sequence[_Run]) -> list[Curve]:
     """The report's panels with every run that has numbers for them; none before a second step."""
-    phases = (*TRAINING, "eval")
-    steps = [row["step"] for run in runs for phase in phases for row in run.rows[phase]]
+    rows = [attributed(run.rows) for run in runs]
+    phases = (*training_phases(rows), "eval")
+    steps = [row["step"] for of_run in rows for phase in phases for row in of_run.get(phase, [])]
     if len(set(steps)) < 2:
         return []
     drawn = []
-    for title, unit, keys in PANELS:
+    for panel in panels(rows):
         series = [
-            (number, phase, points)
-            for number, run in enumerate(runs)
-            for phase, key in keys.items()
-            if (points := points_of(run.rows[phase], key))
+            (number, line, phase, points)
+            for number, of_run in enumerate(rows)
+            for line in panel.lines
+            for phase in phases
+            if (key := line.key(phase)) is not None and (points := points_of(of_run.get(phase, []), key))
         ]
         if series:
-            ends = [f"{runs[n].name} ({phase}) from {p[0][1]:.3g} to {p[-1][1]:.3g}" for n, phase, p in series]
-            description = f"{title} ({unit}) by training step: {', '.join(ends)}."
-            drawn.append(Curve(title, unit, description, _svg(title, series, (min(steps), max(steps)))))
+            ends = [
+                f"{runs[n].name} ({line.label and line.label + ', '}{phase}) from {p[0][1]:.3g} to {p[-1][1]:.3g}"
+                for n, line, phase, p in series
+            ]
+            description = f"{panel.title} ({panel.unit}) by training step: {', '.join(ends)}."
+            svg = _svg(panel.title, series, (min(steps), max(steps)))
+            drawn.append(Curve(panel.title, panel.unit, description, svg))
     return drawn
 
 
-def _svg(title: str, series: Sequence[tuple[int, str, Points]], steps: tuple[float, float]) -> str:
-    """One panel, each run in its colour: training as a thin line, evaluations as dots on a strong one."""
-    import matplotlib
-    from matplotlib.figure import Figure
+def _svg(title: str, series: Sequence[tuple[int, Line, str, Points]], steps: tuple[float, float]) -> str:
+    """One panel, each run in its colour: training as a thin line, evaluations as dots on a strong one.
 
-    # As in curves.py: text stays text, ids depend on the panel alone, and a colour stands for a CSS variable.
-    inks = {number: f"#0001{number:02}" for number, _, _ in series}
-    evaluated = {number for number, phase, _ in series if phase == "eval"}
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.sans-serif": ["DejaVu Sans"]}):
-        figure = Figure(figsize=(3.5, 2.1))
-        axes = figure.subplots()
-        figure.subplots_adjust(left=0.115, right=0.975, top=0.96, bottom=0.15)
-        for number, phase, points in series:
+    Of a panel with two lines the second is dashed, and its dots are hollow.
+    """
+    # As in curves.py a colour stands for a CSS variable.
+    inks = {number: f"#0001{number:02}" for number, *_ in series}
+    evaluated = {number for number, _, phase, _ in series if phase == "eval"}
+    first = series[0][1]
+
+    def draw(axes: "Axes") -> None:
+        for number, line, phase, points in series:
             step, value, _ = zip(*points, strict=True)
+            ink, style = inks[number], "-" if line is first else "--"
             if phase == "eval":
                 size = min(3.2, 100 / len(step))
-                axes.plot(step, value, "o-", color=inks[number], ms=size, lw=1.1, zorder=3, clip_on=False)
+                fill = ink if line is first else INKS["paper"]
+                axes.plot(step, value, f"o{style}", color=ink, mfc=fill, ms=size, lw=1.1, zorder=3, clip_on=False)
             else:
                 width, alpha = (0.8, 0.4) if number in evaluated else (1.1, 1)
-                kind = "o" if len(step) == 1 else "-"
-                axes.plot(step, value, kind, color=inks[number], ms=3.2, lw=width, alpha=alpha)
-        dress(axes, [], steps)
-        svg = io.StringIO()
-        figure.savefig(
-            svg, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        )
-    drawing = inlined(svg.getvalue())
+                kind = "o" if len(step) == 1 else style
+                axes.plot(step, value, kind, color=ink, ms=3.2, lw=width, alpha=alpha)
+        labelled(axes, [(line.label, INKS["muted"], points) for _, line, _, points in series])
+        dress(axes, [], steps, {phase: phase for phase in TRAINING}, room=0.25 if first.label else 0.12)
+
+    svg = drawing(title, draw)
     for number, ink in inks.items():
-        drawing = drawing.replace(ink, f"var(--run-{number})")
-    return drawing
+        svg = svg.replace(ink, f"var(--run-{number})")
+    return svg

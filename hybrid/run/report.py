@@ -1,24 +1,25 @@
 """A run's folder as one page to read: before and after, curves, samples, configuration."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from hybrid.core import InputError, first_line
 from hybrid.run.checkpoint import disk_errors, write_file
-from hybrid.run.curves import TRAINING, Rows, curves, finite
+from hybrid.run.curves import colours, curves, finite
+from hybrid.run.measures import measures_of
+from hybrid.run.pair_figures import PROBABILISTIC, evaluated_pairs, pair_figures, pairs_side_by_side
+from hybrid.run.panels import TRAINING, Rows, called, phase_names, training_phases
 from hybrid.run.track import CONFIG, METRICS, REPORT, SAMPLES, read_jsonl
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = [
-    "BETTER",
-    "MEASURES",
     "NUM_SAMPLES",
     "Summary",
     "SummaryRow",
@@ -51,12 +52,20 @@ class Summary:
     """The first and the last evaluation of a run.
 
     steps: when they were made; shorter than two where there were fewer evaluations.
+    num_prompts, num_pairs: how many held-out ones they were made on; None where that is not known.
     rows: the measures that were taken.
     """
 
     steps: tuple[int, ...]
     num_prompts: int | None
     rows: tuple[SummaryRow, ...]
+    num_pairs: int | None = None
+
+    @property
+    def held_out(self) -> str:
+        """What the measures are of: "64 held-out prompts and 32 held-out pairs"."""
+        counts = (self.num_prompts, "prompts"), (self.num_pairs, "pairs")
+        return " and ".join(f"{count} held-out {what}" for count, what in counts if count)
 
 
 def summary(folder: str | Path, *, until: int | None = None) -> Summary:
@@ -69,8 +78,9 @@ def summary_table(summary: Summary) -> "Table":
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    prompts = f", {summary.num_prompts} prompts" if summary.num_prompts else ""
-    title = f"Held-out evaluation{prompts}" if summary.steps else "No evaluation was recorded"
+    counts = (summary.num_prompts, "prompts"), (summary.num_pairs, "pairs")
+    made_on = "".join(f", {count} {what}" for count, what in counts if count)
+    title = f"Held-out evaluation{made_on}" if summary.steps else "No evaluation was recorded"
     table = Table(title=title, box=SIMPLE_HEAD)
     if summary.steps:
         table.add_column("")
@@ -99,12 +109,17 @@ def write_report(folder: str | Path) -> Path:
     page.filters |= {"typeset": typeset, "finite": finite}
     source = resources.files("hybrid.run").joinpath("report.html.jinja").read_text("utf-8")
     with whole_rows(folder):
+        pairs = evaluated_pairs(samples)
         html = page.from_string(source).render(
             name=folder.resolve().name,
             facts=facts_of(folder, rows, config),
             summary=_summary(rows),
-            phases=[phase for phase in rows if rows[phase]],
+            key=_key(rows),
             curves=curves(rows),
+            pair_figures=pair_figures(pairs),
+            is_calibrated=any(objective in PROBABILISTIC for objective in pairs),
+            pairs=pairs_side_by_side(pairs, NUM_SAMPLES),
+            pair_steps=sorted({step for evaluations in pairs.values() for step, _ in evaluations}),
             samples=_before_and_after(samples),
             config=config,
         )
@@ -131,54 +146,35 @@ def rows_of(folder: Path, *, until: int | None = None) -> dict[str, Rows]:
     return rows
 
 
-def _difference(format: str, scale: float = 1.0) -> Callable[[float, float], str]:
-    return lambda before, after: format.format(scale * (after - before))
-
-
-def _percent(before: float, after: float) -> str:
-    return f"{after / before - 1:+z.1%}" if before else ""
-
-
-def _ratio(before: float, after: float) -> str:
-    return f"\N{MULTIPLICATION SIGN}{after / before:.2f}" if before else ""
-
-
-# Name of the number, what it is called, its unit, how it is written, how its change is.
-MEASURES: tuple[tuple[str, str, str, str, Callable[[float, float], str]], ...] = (
-    ("reward", "Mean reward", "± standard error", "{:z.3f}", _difference("{:+z.3f}")),
-    ("positive", "Reward above zero", "share of responses", "{:.0%}", _difference("{:+z.0f} points", 100)),
-    ("sft_loss", "Validation SFT loss", "nats per token", "{:z.3f}", _percent),
-    ("kl", "KL to the reference", "nats per response", "{:z.2f}", _difference("{:+z.2f}")),
-    ("distinct_2", "Distinct-2", "share of bigrams that differ", "{:.3f}", _ratio),
-    ("response_length", "Response length", "tokens", "{:.1f}", _difference("{:+z.1f}")),
-    ("eos_share", "Ended with EOS", "share of responses", "{:.0%}", _difference("{:+z.0f} points", 100)),
-    ("bleu", "BLEU", "of the corpus, 0 to 100", "{:.1f}", _difference("{:+z.1f}")),
-    ("chrf", "chrF", "of the corpus, 0 to 100", "{:.1f}", _difference("{:+z.1f}")),
-    ("rouge_l", "ROUGE-L", "mean F1, 0 to 1", "{:.3f}", _difference("{:+z.3f}")),
-    ("token_f1", "Word F1", "mean, 0 to 1", "{:.3f}", _difference("{:+z.3f}")),
-    ("exact_match", "Exact match", "share of responses", "{:.0%}", _difference("{:+z.0f} points", 100)),
-)
-# Which end of a measure is the better, where one is: neither a long response nor a far one is good or bad in itself.
-BETTER: Mapping[str, Literal["min", "max"]] = {
-    "sft_loss": "min",
-    "perplexity": "min",
-    **dict.fromkeys(("reward", "positive", "bleu", "chrf", "rouge_l", "token_f1", "exact_match"), "max"),
-}
+def _key(rows: Mapping[str, Rows]) -> list[tuple[str, str]]:
+    """What the curves' colours mean: the class of each, and its text."""
+    inks, names = colours(rows), phase_names(rows)
+    texts = []
+    for phase in training_phases([rows]):
+        # Each step has a rollout, and several updates of it.
+        iterates = names[phase] in ("PPO", "joint SFT and PPO") or any("response_length" in row for row in rows[phase])
+        texts.append((phase, names[phase] + (", each iteration" if iterates else "")))
+    pairs = any(key.count("/") == 1 and key.endswith("_sem") for row in rows["eval"] for key in row)
+    texts.append(("eval", f"held-out evaluation, ± standard error{'' if pairs else ' of the reward'}"))
+    return [(inks[phase], text) for phase, text in texts if rows[phase]]
 
 
 def _summary(rows: Mapping[str, Rows]) -> Summary:
     evals = rows["eval"][:1] + rows["eval"][1:][-1:]
     measured = []
-    for key, name, unit, format, change in MEASURES:
+    for key, name, unit, format, change in measures_of(evals):
         known = [value for row in evals if (value := finite(row, key)) is not None]
         if known:
             values = tuple(shown(row, key, format) for row in evals)
             measured.append(SummaryRow(name, unit, values, change(*known) if len(known) == 2 else ""))
-    num_prompts = finite(evals[-1], "num_prompts") if evals else None
+    last = evals[-1] if evals else {}
+    num_prompts = finite(last, "num_prompts")
+    num_pairs = [count for key in last if key.endswith("/num_pairs") and (count := finite(last, key)) is not None]
     return Summary(
         steps=tuple(row["step"] for row in evals),
         num_prompts=None if num_prompts is None else int(num_prompts),
         rows=tuple(measured),
+        num_pairs=int(max(num_pairs)) if num_pairs else None,
     )
 
 
@@ -199,7 +195,7 @@ def facts_of(folder: Path, rows: Mapping[str, Rows], config: str) -> dict[str, s
         raise InputError(f"{folder / CONFIG} is not YAML: {' '.join(str(error).split())}") from error
     settings = settings if isinstance(settings, dict) else {}
     model, run = settings.get("model"), settings.get("run")
-    training = [("SFT", len(rows["sft"])), ("PPO", len(rows["ppo"])), ("joint", len(rows["joint"]))]
+    training = [("joint" if phase == "joint" else called(phase), len(rows[phase])) for phase in training_phases([rows])]
     elapsed = [finite(row, "elapsed") or 0.0 for phase in rows.values() for row in phase]
     facts = {
         "Model": model.get("name") if isinstance(model, dict) else None,
@@ -249,7 +245,7 @@ def whole_rows(what: str | Path) -> Iterator[None]:
 
     try:
         yield
-    except (UndefinedError, TypeError) as error:
+    except (UndefinedError, TypeError, KeyError) as error:
         raise InputError(
             f"{str(what)!r}: its {METRICS} or {SAMPLES} holds what no run has written: {first_line(error)}"
         ) from error

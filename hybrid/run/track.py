@@ -43,6 +43,7 @@ REPORT = "report.html"
 FINISHED = "finished.json"  # there while the run has nothing left to do
 # What the console shows of an evaluation; of a step the same names come first.
 SHOWN = ("reward", "kl", "sft_loss", "bleu", "chrf", "rouge_l", "token_f1", "exact_match")
+SHOWN_OF_OBJECTIVES = ("loss", "accuracy", "ece")  # as OBJECTIVE/NAME
 
 
 def open_run_folder(path: str | Path, *, beside: Sequence[str] = ()) -> Path:
@@ -307,13 +308,13 @@ class _Console:
     def show(self, row: Mapping[str, Any], losses: Mapping[str, str]) -> None:
         step, phase = row["step"], row["phase"]
         if phase == "eval":
+            names = [name for name in row if name in SHOWN or _is_shown_of_objective(name)]
             # While a progress line is up, rich prints this above it.
-            numbers = {name: row[name] for name in SHOWN if name in row} | _of_decoder(row)
-            print(self._line(step, phase, numbers), flush=True)
+            print(self._line(step, phase, {name: row[name] for name in names} | _of_decoder(row)), flush=True)
             return
         if self.first_step is None:
             self.first_step = step
-        keys = {"reward": "reward", "kl": "kl", **losses}
+        keys = {"reward": "reward", "kl": "kl", **losses, "accuracy": "accuracy"}
         self.last |= {name: row[key] for name, key in keys.items() if key in row} | _of_decoder(row)
         line = self._line(step, phase, self.last)
         if self.progress is not None:
@@ -341,6 +342,11 @@ class _Console:
 def _of_decoder(row: Mapping[str, Any]) -> dict[str, float]:
     """What the decoder says of itself, by its own names: "acceptance_rate" of "decoder/acceptance_rate"."""
     return {name.removeprefix("decoder/"): x for name, x in row.items() if name.startswith("decoder/")}
+
+
+def _is_shown_of_objective(name: str) -> bool:
+    objective, slash, measure = name.partition("/")
+    return bool(objective and slash) and measure in SHOWN_OF_OBJECTIVES
 
 
 def _clock(seconds: float) -> str:

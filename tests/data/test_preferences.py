@@ -6,7 +6,7 @@ import pytest
 from data.refusals import rows_refusal
 
 from hybrid.core import IGNORE, InputError
-from hybrid.data import DataConfig, encode, encode_all, read_example_set, read_examples
+from hybrid.data import DataConfig, encode, encode_all, read_example_set, read_examples, split_examples
 from hybrid.data.examples import examples_from
 
 USER = {"role": "user", "content": "two?"}
@@ -42,6 +42,7 @@ def test_columns_of_other_names_are_taken_by_the_config():
         {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
         {"prompt": [USER], "chosen": "four", "rejected": "five"},
         {"prompt": "two?", "chosen": [GOOD], "rejected": [BAD]},
+        {"prompt": "two?", "chosen": GOOD, "rejected": {"from": "gpt", "value": "five"}},
         {"prompt": "two?", "chosen": [USER, GOOD], "rejected": [USER, BAD]},  # the prompt is said twice
         {"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
         {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
@@ -53,6 +54,24 @@ def test_messages_in_any_form_become_the_same_pair(row):
     assert example.messages == (USER, GOOD)
     assert example.rejected.messages == (USER, BAD)
     assert example.num_prompt_messages == example.rejected.num_prompt_messages == 1
+
+
+def test_dialogues_may_put_a_system_turn_or_white_space_around_the_prompt_that_they_repeat():
+    system = {"role": "system", "content": "be brief"}
+    (example,) = read({"prompt": "two? ", "chosen": [system, USER, GOOD], "rejected": [system, USER, BAD]})
+    assert example.messages == (system, USER, GOOD) and example.num_prompt_messages == 2
+    assert example.rejected.messages == (system, USER, BAD)
+    other = {"prompt": "three?", "chosen": [USER, GOOD], "rejected": [USER, BAD]}
+    assert "column 'chosen' must begin and end with the assistant's turn" in rows_refusal([other])
+
+
+def test_a_csv_file_has_margins_that_are_missing_and_labels_of_zero_and_one(tmp_path):
+    (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected,margin\na,b,c,\nd,e,f,1.5\n")
+    pairs = read_examples(tmp_path / "pairs.csv", DataConfig(shuffle=False))
+    assert [e.margin for e in pairs] == [0.0, 1.5]
+    (tmp_path / "answers.csv").write_text("prompt,completion,good\na,b,1\nd,e,0\n")
+    answers = read_examples(tmp_path / "answers.csv", DataConfig(shuffle=False, label="good"))
+    assert [e.target for e in answers] == ["b", ""]
 
 
 def test_a_transcript_is_parted_behind_the_last_turn_that_both_sides_share():
@@ -90,6 +109,16 @@ def test_equal_scores_make_no_pair():
     assert [(e.target, e.rejected.target) for e in examples] == [("z", "x"), ("z", "y")]
 
 
+def test_of_a_ranking_only_the_flawed_pairs_are_left_out():
+    row = {"prompt": "a", "responses": ["x", "x ", "", "z"], "scores": [1, 4, 3, 2]}
+    read = read_example_set([row], DataConfig(shuffle=False))
+    assert [(e.target, e.rejected.target) for e in read.examples] == [("x ", "z"), ("z", "x")]
+    assert [e.weight for e in read.examples] == [0.5, 0.5], "the ranking counts as one"
+    assert "left out 3 pairs with an empty side; left out 1 pair of equal sides" in read.said
+    with pytest.raises(InputError, match="row 1: a pair with an empty side"):
+        examples_from([row], DataConfig())
+
+
 def test_a_bad_answer_is_never_a_target():
     good, bad = read(
         {"prompt": "a", "completion": "b", "label": True}, {"prompt": "a", "completion": "c", "label": False}
@@ -115,6 +144,17 @@ def test_flawed_pairs_are_left_out_and_counted():
     assert "left out 2 pairs with an empty side" in read.said
 
 
+def test_flawed_pairs_of_messages_are_left_out_and_counted():
+    pair = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
+    others = [[{**GOOD, "content": "four "}], [{**BAD, "content": ""}], [{**BAD, "content": " "}], []]
+    read = read_example_set([pair, *({**pair, "rejected": other} for other in others)], DataConfig())
+    assert len(read.examples) == 1
+    assert "left out 1 pair of equal sides" in read.said
+    assert "left out 3 pairs with an empty side" in read.said
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+    assert len(read_examples([{**pair, "chosen": [call]}], DataConfig())) == 1, "a call of a tool is an answer"
+
+
 def test_data_without_a_sound_pair_are_refused_with_the_reason():
     assert "no row is left of 1: left out 1 pair of equal sides" in rows_refusal([{**PAIR, "rejected": "four"}])
 
@@ -138,6 +178,9 @@ def test_a_flawed_pair_that_is_given_by_hand_is_refused():
         ({"prompt": "a", "responses": "xy", "scores": [1, 2]}, {}, "must hold a list"),
         ({"prompt": "a", "completion": "b", "label": "maybe"}, {"label": "label"}, "must be true or false"),
         ({**PAIR, "chosen": None}, {}, "'chosen' is null"),
+        ({"question": " ", "chosen": "a", "rejected": "b"}, {}, "column 'question' is empty"),
+        ({"prompt": "a", "completion": "b", "label": [1]}, {"label": "label"}, "must be true or false, got [1]"),
+        ({"chosen": "a", "rejected": "b"}, {}, "leave such rows out with data.filter"),
     ],
 )
 def test_what_cannot_be_a_preference_is_refused(row, settings, message):
@@ -172,3 +215,26 @@ def test_a_pair_whose_longer_side_does_not_fit_is_left_out(characters, caplog):
     kept = encode_all(rows, characters(), DataConfig(template="none", max_length=20))
     assert [e.rejected.target for e in kept] == ["five"]
     assert "left out 1 of 2 training examples" in caplog.text
+
+
+RANKINGS = [{"prompt": f"q{i}", "responses": ["x", "y", "z"], "scores": [1, 3, 2]} for i in range(8)]
+REPEATED = [{"prompt": f"q{i}", "chosen": f"x{j}", "rejected": "y"} for j in range(3) for i in range(8)]
+JUDGED = [{"prompt": f"q{i}", "completion": f"x{j}", "label": j != 1} for j in range(3) for i in range(8)]
+TALKS = [
+    {"prompt": [{"role": "user", "content": f"q{i}"}], "chosen": f"x{j}", "rejected": "y"}
+    for j in range(3)
+    for i in range(8)
+]
+
+
+@pytest.mark.parametrize("rows", [RANKINGS, REPEATED, JUDGED, TALKS], ids=["rankings", "pairs", "labels", "messages"])
+def test_no_prompt_of_preferences_is_both_trained_on_and_held_out(rows):
+    train, held_out = split_examples(read(*rows), 0.25, seed=0)
+    prompts = [{e.prompt for e in part} for part in (train, held_out)]
+    assert [len(part) for part in (train, held_out)] == [18, 6]
+    assert [len(part) for part in prompts] == [6, 2] and not prompts[0] & prompts[1]
+
+
+def test_preferences_to_one_prompt_cannot_be_held_out():
+    with pytest.raises(InputError, match=r"0\.5 of 3 examples \(the number of their prompts is 1\)"):
+        split_examples(read(RANKINGS[0]), 0.5, seed=0)

@@ -18,6 +18,30 @@ def test_the_better_end_of_a_known_metric_is_known(metric, mode):
     assert EvalConfig(metric=metric).best == (metric, mode)
 
 
+@pytest.mark.parametrize(
+    ("metric", "mode"),
+    [
+        ("dpo/accuracy", "max"),
+        ("dpo/loss", "min"),
+        ("reward_model/accuracy", "max"),
+        ("reward_model/ece", "min"),
+        ("online_dpo/accuracy", "max"),
+    ],
+)
+def test_the_better_end_of_an_objectives_measure_is_known(metric, mode):
+    assert EvalConfig(metric=metric).best == (metric, mode)
+    assert EvalConfig(metric=metric).objective == metric.partition("/")[0]
+
+
+def test_an_objectives_measure_that_has_no_better_end_may_be_given_one():
+    assert EvalConfig(metric="reward_model/score_std", mode="min").best == ("reward_model/score_std", "min")
+
+
+def test_a_part_of_the_reward_is_no_objectives_measure():
+    assert EvalConfig(metric="reward/shape/raw_mean", mode="max").objective is None
+    assert EvalConfig().objective is None
+
+
 def test_a_mode_that_is_given_goes_before_the_known_one():
     assert EvalConfig(metric="reward", mode="min").best == ("reward", "min")
     assert EvalConfig(metric="reward/shape/raw_mean", mode="max").best == ("reward/shape/raw_mean", "max")
@@ -30,6 +54,10 @@ def test_a_mode_that_is_given_goes_before_the_known_one():
         ({"metric": "bleu"}, "eval.metric 'bleu' is not measured: add it to eval.text_metrics"),
         ({"metric": "kl"}, "'kl' has no better end of its own: set eval.mode"),
         ({"metric": "reward/shape/raw_mean"}, "has no better end of its own"),
+        ({"metric": "dpo/margin_mean"}, "has no better end of its own: set eval.mode"),
+        ({"metric": "dpoo/accuracy"}, "unknown eval.metric 'dpoo/accuracy'; did you mean 'dpo/accuracy'"),
+        ({"metric": "sft/loss"}, "objective 'sft' measures nothing of held-out examples; those that do are"),
+        ({"metric": "accuracy"}, "unknown eval.metric 'accuracy'"),
         ({"patience": 2}, "set eval.every"),
         ({"patience": 0, "every": 1}, "patience must be >= 1"),
         ({"min_delta": -1.0}, "min_delta must be >= 0"),
@@ -55,6 +83,22 @@ def test_a_metric_that_needs_a_reward_is_refused_without_one(metric):
     config = HybridConfig(eval=EvalConfig(metric=metric, mode="max"))
     with pytest.raises(InputError, match=r"needs a reward"):
         config.check_training(SFT_ONLY)
+
+
+def test_an_objectives_measure_is_refused_where_the_objective_is_not_in_the_mixture():
+    config = HybridConfig(eval=EvalConfig(metric="dpo/accuracy"))
+    with pytest.raises(
+        InputError, match=r"'dpo/accuracy' is a measure of objective 'dpo', which is not in mixing.*sft"
+    ):
+        config.check_training(SFT_ONLY)
+    config.check_training(make_strategy({"strategy": "objective", "objective": "dpo"}))
+    config.check_training(make_strategy({"strategy": "blend", "coefs": {"dpo": 1.0, "sft": 0.1}}))
+
+
+def test_a_plateau_of_the_wrong_end_of_an_objectives_measure_is_refused():
+    config = {"eval": {"metric": "dpo/accuracy"}, "scheduler": {"name": "reduce_lr_on_plateau"}}
+    with pytest.raises(InputError, match=r"scheduler.MODE must be 'max'.*eval.metric 'dpo/accuracy'"):
+        HybridConfig.from_dict(config)
 
 
 def test_text_metrics_need_no_reward():

@@ -1,5 +1,7 @@
 """A reward model's chat template: its text has the very tokens of the rows that were trained."""
 
+from dataclasses import replace
+
 import pytest
 from data.conftest import CHATML, characters, chatml  # noqa: F401 - fixtures
 from transformers import AutoTokenizer
@@ -120,3 +122,15 @@ def test_a_tokenizer_whose_rows_no_text_has_is_refused(characters):  # noqa: F81
     tokenizer.add_special_tokens({"eos_token": AddedToken("<|end|>", single_word=True, special=True)})
     with pytest.raises(InputError, match=r"no text has the tokens .* for prompt 'Once upon'"):
         template_of(DataConfig(), tokenizer)
+
+
+def test_rows_whose_saved_text_has_other_tokens_are_counted(stories, caplog):
+    tokenizer, config = AutoTokenizer.from_pretrained(stories), DataConfig(template="none")
+    pairs = []
+    for prompt in ("The dog was", "The cat was "):
+        good, bad = (encode(Example(prompt, said), tokenizer, config) for said in (" good.", "bad."))
+        pairs.append(replace(good, rejected=bad))
+    template_of(config, tokenizer, pairs[:1])
+    assert not caplog.text
+    template_of(config, tokenizer, pairs)
+    assert "of the first 4 answers 1 have other tokens" in caplog.text and "behind 'The cat was '" in caplog.text

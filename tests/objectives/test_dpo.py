@@ -9,7 +9,7 @@ import torch
 from preference_trainer import PAIRS, summed, trainer_on
 from tiny import tiny_model
 
-from hybrid import HybridConfig, InputError
+from hybrid import DataConfig, HybridConfig, InputError
 from hybrid.core import Pairs
 from hybrid.models import LoraConfig, add_lora
 
@@ -215,3 +215,44 @@ def test_data_without_pairs_are_refused(tokenizer):
         trainer.train()
     with pytest.raises(InputError, match="1 of 1 rows are no pairs"):
         trainer.preference_step(rows)
+
+
+def test_rows_by_hand_are_read_as_the_preferences_own_data_are(tokenizer):
+    own = DataConfig(template="good {prompt} bad", prompt="asked", chosen="better", rejected="worse")
+    rows = [{"asked": row["prompt"], "better": row["chosen"], "worse": row["rejected"]} for row in PAIRS]
+    trainer = trainer_on(tokenizer, [{"text": "it is a w1"}], preference_data=own, given={"preference_data": rows})
+    by_hand, (first, *_) = trainer.pairs(rows), trainer.corpus.pairs
+    assert first in by_hand.examples and len(by_hand) == len(rows)
+    assert tokenizer.decode(first.prompt_ids).startswith("good the")
+    answers = trainer.answers(rows)
+    assert {e.prompt_ids for e, _ in answers.examples} == {e.prompt_ids for e in by_hand.examples}
+
+
+def test_without_other_data_a_prompt_is_one_of_the_preferences(tokenizer):
+    own = DataConfig(template="good {prompt} bad")
+    trainer = trainer_on(tokenizer, None, preference_data=own, given={"preference_data": PAIRS})
+    assert trainer.corpus.prompt("the w1").prompt_ids == tuple(tokenizer.encode("good the w1 bad"))
+    assert trainer.config.data.template == own.template
+    beside = trainer_on(tokenizer, PAIRS, preference_data=own, given={"preference_data": PAIRS})
+    assert beside.corpus.prompt("the w1").prompt_ids == tuple(tokenizer.encode("the w1"))
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto", "reward_model"])
+def test_a_batch_of_the_loader_is_taken_for_the_pairs_in_it(tokenizer, name):
+    found = []
+    for given in (lambda made: made.batch(PAIRS), lambda made: PAIRS):
+        trainer = trainer_on(tokenizer, objectives={"reward_model": {}})
+        found.append(trainer.preference_step(given(trainer), name)["loss"])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("name", "other"), [("dpo", "answers"), ("reward_model", "answers"), ("kto", "pairs")])
+def test_rows_of_another_kind_are_refused(tokenizer, name, other):
+    trainer = trainer_on(tokenizer, objectives={"reward_model": {}})
+    with pytest.raises(InputError, match="expected a list of prompts or rows, got"):
+        trainer.preference_step(getattr(trainer, other)(PAIRS), name)
+
+
+def test_held_out_preferences_without_their_training_data_are_refused(tokenizer):
+    with pytest.raises(InputError, match=r"preference_data\.eval without preference_data\.train"):
+        trainer_on(tokenizer, preference_data=DataConfig(eval="pairs.jsonl"))

@@ -1,6 +1,7 @@
 """An objective of one's own: its settings, its rows, and what it refuses."""
 
 import re
+from typing import ClassVar
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from tiny import tiny_model
 
 from hybrid import HybridConfig, HybridTrainer, InputError, Objective, Policy
 from hybrid.config import RunConfig
-from hybrid.core import Batch
+from hybrid.core import Batch, Rollout
 from hybrid.mixing import make_strategy
 from hybrid.objectives import objective
 from hybrid.run import read_jsonl
@@ -45,6 +46,25 @@ def blended(tokenizer, coefs, *, steps=1, **sections):
     trainer = trainer_of("blend", tokenizer, **sections)
     trainer.strategy = make_strategy({"strategy": "blend", "coefs": coefs, "steps": steps})
     return trainer
+
+
+class OfRollout(Objective[Rollout]):
+    """Learns nothing, and keeps what it is given."""
+
+    rolls_out = True
+    seen: ClassVar[list[Rollout]] = []
+
+    def loss_of(self, whole):
+        self.seen.append(whole)
+        return lambda part: (self.parts.policy.value_head.linear.bias.sum() * 0, {})
+
+
+@pytest.mark.parametrize("beside", [{}, {"ppo": 1.0}])
+def test_the_minibatches_of_an_objective_that_rolls_out_have_advantages(tokenizer, monkeypatch, beside):
+    monkeypatch.setitem(objective._objectives._factories, "of_rollout", OfRollout)
+    monkeypatch.setattr(OfRollout, "seen", [])
+    blended(tokenizer, {**beside, "of_rollout": 1.0}).train()
+    assert OfRollout.seen and all(rows.advantage is not None and rows.advantage.any() for rows in OfRollout.seen)
 
 
 def test_rows_without_a_trained_token_are_refused_by_the_objectives_name(tokenizer):

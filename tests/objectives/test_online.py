@@ -7,7 +7,8 @@ import pytest
 import torch
 from preference_trainer import PAIRS, trainer_on
 
-from hybrid import InputError, PPOConfig
+from hybrid import DataConfig, InputError, PPOConfig
+from hybrid.config import ReferenceConfig
 from hybrid.core import IGNORE
 from hybrid.objectives import shares
 from hybrid.objectives.online import batch_of, best_and_worst
@@ -87,6 +88,42 @@ def test_spin_draws_the_policy_to_the_targets_without_a_reward(tokenizer):
         batch = each.batch(PAIRS)
         found.append(float(each.objectives["sft"].loss_of(batch)(batch)[0].detach()))
     assert found[1] < found[0]
+
+
+@pytest.mark.parametrize("references", [(), (ReferenceConfig(),)])
+def test_spin_measures_held_out_pairs_where_there_is_a_reference(references, tokenizer):
+    trainer = trainer_on(tokenizer, references=references)
+    metrics, rows = trainer.objectives["spin"].evaluate(trainer.corpus.train, 4)
+    assert (len(rows), "accuracy" in metrics) == ((len(PAIRS), True) if references else (0, False))
+
+
+def test_spin_runs_beside_held_out_pairs(tokenizer):
+    trainer = trainer_on(
+        tokenizer, mixing={"strategy": "objective", "objective": "spin", "steps": 1}, given={"eval_data": PAIRS[:2]}
+    )
+    assert "sft_loss" in trainer.train()
+    assert "spin/accuracy" in trainer.evaluate()
+
+
+def test_spin_trains_no_token_of_a_prompt_of_plain_text(tokenizer):
+    text = [{"text": f"the w{i} w{i + 1} was good w{i + 2}"} for i in range(4)]
+    trainer = trainer_on(tokenizer, text, data=DataConfig(prompt_tokens=2))
+    pairs = trainer.objectives["spin"].learnt(trainer.rollout(trainer.corpus.train[:3], scored=False))
+    assert len(pairs) and all((pairs.sides.labels[:, :2] == IGNORE).all(1))
+    assert ((pairs.sides.labels != IGNORE).sum(1) > 0).all()
+
+
+def test_spin_makes_no_pair_where_no_prompt_of_a_rollout_has_a_target(tokenizer):
+    rows = [{**PAIRS[0], "completion": "w9", "label": False}, {**PAIRS[1], "completion": "w8", "label": True}]
+    rows = [{name: row[name] for name in ("prompt", "completion", "label")} for row in rows]
+    trainer = trainer_on(tokenizer, rows)
+    before = [p.clone() for p in trainer.policy.parameters()]
+    metrics = trainer.rollout_step(trainer.rollout(trainer.corpus.train[:1], scored=False), {"spin": 1.0})
+    assert "loss" not in metrics
+    assert all(map(torch.equal, trainer.policy.parameters(), before))
+    alone = trainer_on(tokenizer, rows[:1], mixing={"strategy": "objective", "objective": "spin", "steps": 1})
+    with pytest.raises(InputError, match="no training example has one"):
+        alone.train()
 
 
 def test_a_target_that_the_policy_says_itself_makes_no_pair(trainer):

@@ -96,6 +96,20 @@ def test_console_shows_each_loss_that_it_is_told_of(capsys):
     assert capsys.readouterr().out == "joint step 1/1  eta 0:00  kl 4  sft_loss 1.5  own_loss 2.5\n"
 
 
+def test_console_shows_the_accuracy_of_a_step_on_preferences(capsys):
+    with RunLog(None, total_steps=6) as log:
+        row = {"step": 6, "phase": "dpo", "loss": 0.017, "accuracy": 0.9375, "margin_mean": 1.0}
+        log.step(row, {"dpo_loss": "loss"})
+    assert capsys.readouterr().out == "dpo  step 6/6  eta 0:00  dpo_loss 0.017  accuracy 0.9375\n"
+
+
+def test_console_shows_the_measures_of_objectives_at_an_evaluation(capsys):
+    measures = {"dpo/loss": 0.5, "dpo/accuracy": 0.9375, "dpo/accuracy_sem": 0.1, "dpo/num_pairs": 16.0}
+    row = {"step": 6, "phase": "eval", "sft_loss": 2.0, **measures, "reward_model/ece": 0.25}
+    line = "eval step 6/6  sft_loss 2  dpo/loss 0.5  dpo/accuracy 0.9375  reward_model/ece 0.25\n"
+    assert shown(capsys, 6, row) == line
+
+
 def test_redirected_console_gets_about_twenty_lines(capsys):
     rows = [{"step": step, "phase": "sft", "loss": 1.0} for step in range(1, 401)]
     assert len(shown(capsys, 400, *rows).splitlines()) == 20
