@@ -25,6 +25,7 @@ SEARCHES = [
     {"type": "mcmc", "target": "tilted", "steps": 2},
     {"type": "smc", "n": 3, "block": 2},
     {"type": "value_guided", "width": 2, "branch": 3},
+    {"type": "ppo_mcts", "simulations": 3},
 ]
 RAFT = {"ppo": {"samples_per_prompt": 2}, "mixing": {"strategy": "objective", "objective": "raft", "steps": 1}}
 
@@ -160,6 +161,12 @@ def test_the_candidates_leave_no_trace_in_the_reward(tokenizer):
         hybrid.rollout(ROWS)
         state[n] = hybrid.reward.state_dict()
     assert str(state[2]) != before
+
+
+def test_a_reward_that_answers_itself_does_not_search_for_its_answers(tokenizer):
+    play = {"type": "self_play", "reward": {"type": "python", "function": num_letters, "name": "letters"}}
+    hybrid = trainer(tokenizer, reward=play, **RAFT, **by({"type": "best_of_n", "n": 4}))
+    hybrid.train()
 
 
 def test_the_config_is_written_and_read_back():

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hybrid.core import Encoded
 from hybrid.models import response_stats
+from hybrid.rollout.draw import truncated
 from hybrid.rollout.engine import Engine
 from hybrid.rollout.judge import Judge
 from hybrid.rollout.responses import Responses
@@ -111,6 +112,14 @@ class Asked:
         self._spent.append(len(rows))
         logits, value = (torch.cat(x) for x in zip(*found, strict=True))
         return logits, value
+
+    def next_logprob(self, logits: Tensor, lengths: Tensor) -> Tensor:
+        """(R, V) float64, of the token behind the first `lengths`, as it would be drawn; temperature 0 counts as 1."""
+        how, z = self.sampling, logits.double() / (self.sampling.temperature or 1.0)
+        early = (lengths < how.min_new_tokens).unsqueeze(1)
+        eos = list(self.eos_ids)
+        z[:, eos] = z[:, eos].masked_fill(early, -torch.inf)
+        return truncated(z, how.top_k, how.top_p).log_softmax(1)
 
     def value(self, prompts: Tensor, rows: Responses) -> Tensor:
         """What the value head expects, (R,): of a beginning behind its last token, of a whole response before it.

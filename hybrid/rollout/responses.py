@@ -32,6 +32,15 @@ class Responses:
         none = torch.zeros_like(ids, dtype=torch.bool)
         return cls(ids, none, torch.zeros(num_rows, dtype=torch.bool, device=device), torch.zeros(ids.shape).to(device))
 
+    @classmethod
+    def of_lists(cls, rows: Sequence[Sequence[int]], length: int, *, pad_id: int, device: torch.device) -> "Responses":
+        """Beginnings of these ids, with room for `length`; none has ended, and no log-prob is known."""
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        filled = [[*row, *[pad_id] * (length - len(row))] for row in rows]
+        ids = torch.tensor(filled, dtype=torch.long, device=device).view(len(rows), length)
+        mask = torch.arange(length, device=device) < lengths.unsqueeze(1)
+        return cls(ids, mask, torch.zeros(len(rows), dtype=torch.bool, device=device))
+
     def __len__(self) -> int:
         return len(self.ids)
 

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ REWARD = torch.linspace(-1, 1, len(ALL), dtype=torch.float64)[
 JUDGE = TableJudge(dict(zip(ALL, REWARD.tolist(), strict=True)))
 assert len(ALL) == 15
 LIMIT = 0.02  # of the total variation, at MANY draws: sampling alone is about .01
-MANY = 20_000
+MANY, FEWER = 12_000, 10_000
 
 
 @pytest.fixture(autouse=True)
@@ -54,8 +55,8 @@ TILTED, POWER = target(LOG_P + REWARD / 0.5), target(3 * LOG_P)
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        ({"type": "mcmc", "target": "tilted", "beta": 0.5, "steps": 25}, TILTED),
-        ({"type": "mcmc", "target": "power", "alpha": 3.0, "steps": 25}, POWER),
+        pytest.param({"type": "mcmc", "target": "tilted", "beta": 0.5, "steps": 25}, TILTED, marks=pytest.mark.slow),
+        pytest.param({"type": "mcmc", "target": "power", "alpha": 3.0, "steps": 25}, POWER, marks=pytest.mark.slow),
         pytest.param(
             {"type": "mcmc", "target": "power", "alpha": 3.0, "steps": 30, "proposal_temperature": 1.0},
             POWER,
@@ -70,13 +71,14 @@ def test_a_decoder_reaches_the_distribution_that_it_claims(spec, expected):
     if expected is None:
         below = torch.stack([LOG_P.exp()[r > REWARD].sum() for r in REWARD])
         expected = (below + LOG_P.exp()) ** 4 - below**4
-    found = shares(answers(spec, repeats=MANY // 2 if spec["type"] == "smc" else MANY), ALL)
+    found = shares(answers(spec, repeats=FEWER if spec["type"] == "smc" else MANY), ALL)
     assert total_variation(found, expected) < LIMIT
     # What a decoder that does nothing would give is far from it.
     assert total_variation(LOG_P.exp(), expected) > 5 * LIMIT
 
 
-@pytest.mark.parametrize("factor", [1.0, None])
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [1.0, 0.5])
 def test_mcmc_without_its_proposals_correction_reaches_something_else(monkeypatch, factor):
     from hybrid.rollout.decoders import mcmc
 
@@ -85,12 +87,17 @@ def test_mcmc_without_its_proposals_correction_reaches_something_else(monkeypatc
     assert total_variation(shares(answers(spec), ALL), TILTED) > 5 * LIMIT
 
 
+@pytest.mark.slow
 def test_mcmc_without_the_correction_of_its_cuts_reaches_something_else(monkeypatch):
     from hybrid.rollout.decoders import mcmc
 
+    # What is short is as likely as what is long.
+    reward = torch.tensor([1.6 if len(y) == 1 else 0.0 for y in ALL], dtype=torch.float64)
+    judge, expected = TableJudge(dict(zip(ALL, reward.tolist(), strict=True))), target(LOG_P + reward / 0.5)
     spec = {"type": "mcmc", "target": "tilted", "beta": 0.5, "steps": 25}
+    assert total_variation(shares(answers(spec, judge=judge), ALL), expected) < LIMIT
     monkeypatch.setattr(mcmc, "_log_cuts", lambda rows: torch.zeros(len(rows), dtype=torch.float64))
-    assert total_variation(shares(answers(spec), ALL), TILTED) > 1.5 * LIMIT
+    assert total_variation(shares(answers(spec, judge=judge), ALL), expected) > 5 * LIMIT
 
 
 def test_too_few_particles_are_biased():
@@ -101,7 +108,7 @@ def test_too_few_particles_are_biased():
 @pytest.mark.slow
 def test_the_weights_of_smc_matter_where_it_never_resamples():
     spec = {"type": "smc", "target": "tilted", "beta": 0.5, "n": 32, "threshold": 0.0}
-    found = answers(spec, repeats=MANY // 2)
+    found = answers(spec, repeats=FEWER)
     assert found.metrics["resampled"] == 0
     assert total_variation(shares(found, ALL), TILTED) < LIMIT
 
@@ -117,13 +124,16 @@ def soft_values(beta):
 
 
 @pytest.mark.slow
-def test_smc_twisted_by_values_reaches_the_rewards_target_and_misled_it_takes_more_particles():
+@pytest.mark.parametrize("sign", [1, -1])
+def test_smc_twisted_by_values_good_or_bad_reaches_the_rewards_target(sign, monkeypatch):
+    from hybrid.rollout.decoders.smc import SMC
+
     spec = {"type": "smc", "target": "tilted", "by": "value", "beta": 0.5, "n": 32}
-    values = soft_values(0.5)
-    found = answers(spec, ToyPolicy(TABLE, values), repeats=MANY // 2)
-    assert total_variation(shares(found, ALL), TILTED) < LIMIT
-    misled = answers(spec, ToyPolicy(TABLE, {key: -value for key, value in values.items()}), repeats=MANY // 2)
-    assert total_variation(shares(misled, ALL), TILTED) > 2 * LIMIT
+    policy = ToyPolicy(TABLE, {key: sign * value for key, value in soft_values(0.5).items()})
+    assert total_variation(shares(answers(spec, policy, repeats=FEWER), ALL), TILTED) < LIMIT
+    # Not where the reward has not the last word.
+    monkeypatch.setattr(SMC, "_log_twist", lambda self, asked, *rows: asked.value(*rows).double() / self.beta)
+    assert total_variation(shares(answers(spec, policy, repeats=FEWER), ALL), TILTED) > 5 * LIMIT
 
 
 # p(aa) = 0, p(ab) = .4, p(ba) = p(bb) = .25, and the rest on what no temperature below 1 or power prefers (facts of
@@ -146,13 +156,14 @@ def test_the_power_prefers_what_low_temperature_does_not():
         {"type": "mcmc", "alpha": alpha, "steps": 20},
         {"type": "smc", "target": "power", "alpha": alpha, "n": 32},
     ):
-        found = shares(answers(spec, policy, repeats=MANY // 2, max_new_tokens=2), several)
+        found = shares(answers(spec, policy, repeats=FEWER, max_new_tokens=2), several)
         assert total_variation(found, expected) < LIMIT
         assert found.argmax() == 0
     cold = shares(answers({"type": "sample"}, policy, max_new_tokens=2, temperature=1 / alpha), several)
     assert cold[0] < cold[1] + cold[2]
 
 
+@pytest.mark.slow
 def test_a_chain_gives_several_responses_and_every_one_has_the_target():
     spec = {"type": "mcmc", "target": "tilted", "beta": 0.5, "steps": 6, "burn_in": 10, "chains": MANY // 4}
     found = answers(spec)
@@ -208,6 +219,67 @@ def test_a_beam_that_holds_everything_finds_the_best_of_log_p_and_reward(width, 
         assert found == [list(ALL[i]) for i in order]
 
 
+MCTS = {"type": "ppo_mcts", "ends_by": "reward", "branch": 3, "explore": 0.2}
+
+
+def test_a_tree_by_the_true_values_finds_the_optimum_with_few_simulations():
+    for simulations in (8, 64):
+        found = answers({**MCTS, "simulations": simulations}, ToyPolicy(TABLE, best_values()), repeats=2)
+        assert found.lists() == [list(BEST)] * 2
+        assert found.ended.tolist() == [BEST[-1] == EOS] * 2
+
+
+def test_a_tree_by_wrong_values_does_not():
+    wrong = ToyPolicy(TABLE, {key: -3 * value for key, value in best_values().items()})
+    assert answers({**MCTS, "simulations": 8}, wrong, repeats=1).lists() != [list(BEST)]
+
+
+def test_a_tree_that_only_explores_takes_the_likeliest():
+    found = answers({**MCTS, "explore": 1e6, "simulations": 64}, ToyPolicy(TABLE, best_values()), repeats=1)
+    assert found.lists() == [list(ALL[int(LOG_P.argmax())])]
+
+
+def test_tokens_are_drawn_by_the_visits_where_their_temperature_says_so():
+    spec = {**MCTS, "simulations": 24, "visits_temperature": 1.0}
+    found = answers(spec, ToyPolicy(TABLE, best_values()), repeats=300)
+    best = found.lists().count(list(BEST)) / 300
+    assert 1 / 15 < best < 1
+    cold = answers({**spec, "visits_temperature": 0.2}, ToyPolicy(TABLE, best_values()), repeats=300)
+    assert cold.lists().count(list(BEST)) / 300 > best
+
+
+def test_the_edges_of_a_tree_by_hand():
+    from hybrid.rollout.decoders.ppo_mcts import _back_up, _Node
+
+    root, child, leaf = _Node([], 0.0), _Node([0], 0.0), _Node([0, 1], 4.0)
+    root.expand(1.0, [(0, 0.5), (1, 0.5)])
+    child.expand(2.0, [(0, 0.5), (1, 0.5)])
+    _back_up([(root, 0), (child, -1)])
+    assert (root.visits, root.q) == ([1, 0], [2.0, 1.0])
+    _back_up([(root, 0), (child, 1), (leaf, -1)])
+    assert (child.visits, child.q) == ([0, 1], [2.0, 4.0])
+    assert (root.visits, root.q) == ([2, 0], [4.0, 1.0])
+
+
+@pytest.mark.parametrize("kind", ["best_of_n", "reward_guided", "mcmc", "smc", "value_guided", "ppo_mcts"])
+def test_a_stop_text_ends_a_response_wherever_its_parts_were_drawn(kind):
+    """Over where the last two are 0, 0: also where the first was kept and the second drawn behind it."""
+    repeats = 4 if kind == "value_guided" else 60
+    policy, spec = ToyPolicy(TABLE, best_values()), {"type": kind}
+    spec |= {"block": 1} if kind in ("reward_guided", "smc") else {}
+    question = replace(
+        toy_asked(policy, PROMPT, judge=JUDGE, repeats=repeats, max_new_tokens=LENGTH, temperature=3.0),
+        is_over=lambda ids: list(ids[-2:]) == [0, 0],
+    )
+    with torch.no_grad():
+        found = make_decoder(spec).answers(question)
+    for ids, ended in zip(found.lists(), found.ended.tolist(), strict=True):
+        assert all(ids[i : i + 2] != [0, 0] for i in range(len(ids) - 2))
+        assert ended == (ids[-1] == EOS or ids[-2:] == [0, 0])
+    if kind in ("mcmc", "smc"):
+        assert [0, 0] in found.lists()
+
+
 def test_without_a_reward_a_whole_response_counts_the_value_before_its_last_token():
     values = best_values()
     ended = LOG_P + torch.tensor([values[(*PROMPT, *y[:-1])] for y in ALL], dtype=torch.float64)
@@ -223,6 +295,7 @@ def test_value_guided_says_so_where_the_value_head_says_nothing():
         answers({"type": "value_guided"}, ToyPolicy(TABLE, best_values()), judge=None, repeats=1)
 
 
+@pytest.mark.slow
 def test_reward_guided_in_one_block_is_best_of_n_and_in_small_ones_is_not():
     below = torch.stack([LOG_P.exp()[r > REWARD].sum() for r in REWARD])
     expected = (below + LOG_P.exp()) ** 3 - below**3
@@ -253,9 +326,9 @@ def test_the_same_seed_finds_the_same(kind):
     assert first.logprob is None
 
 
-@pytest.mark.parametrize("kind", ["best_of_n", "reward_guided", "mcmc", "smc", "value_guided"])
+@pytest.mark.parametrize("kind", ["best_of_n", "reward_guided", "mcmc", "smc", "value_guided", "ppo_mcts"])
 def test_a_response_is_never_shorter_than_min_new_tokens(kind):
-    values = best_values() if kind == "value_guided" else None
+    values = best_values() if kind in ("value_guided", "ppo_mcts") else None
     repeats = 4 if kind == "value_guided" else 40
     found = answers({"type": kind}, ToyPolicy(TABLE, values), repeats=repeats, min_new_tokens=2)
     assert (found.lengths >= 2).all()
@@ -270,6 +343,7 @@ def test_a_response_is_never_shorter_than_min_new_tokens(kind):
         ({"type": "mcmc", "steps": 0}, "sampling.decoder.steps must be at least 1, got 0"),
         ({"type": "mcmc", "alpha": 0.0}, "sampling.decoder.alpha must be > 0"),
         ({"type": "smc", "threshold": 2.0}, r"sampling.decoder.threshold must lie in \[0, 1\]"),
+        ({"type": "ppo_mcts", "simulations": 0}, "sampling.decoder.simulations must be at least 1"),
         ({"type": "value_guided", "width": 5000}, "must be at most 4096 candidates"),
         ({"type": "markov"}, "sampling.decoder.window is missing"),
         ({"type": "markov", "window": 0}, "sampling.decoder.window must be at least 1"),

@@ -9,10 +9,8 @@ from torch import Tensor
 from hybrid.core import InputError
 from hybrid.rollout.asked import Asked
 from hybrid.rollout.decoder import Decoder, register_decoder
-from hybrid.rollout.draw import truncated
 from hybrid.rollout.judging import By
 from hybrid.rollout.responses import Responses
-from hybrid.rollout.sampling import SamplingConfig
 
 __all__ = ["ValueGuided"]
 
@@ -116,7 +114,7 @@ class _Beam:
     def grown(self, asked: Asked, branch: int) -> "_Beam":
         """Each beginning with each of its likeliest tokens; a whole response as it is."""
         whole, lengths = self.is_whole, self.rows.lengths
-        log_p = _next_logprob(self.logits, lengths, asked)
+        log_p = asked.next_logprob(self.logits, lengths)
         top, tokens = log_p.topk(min(branch, log_p.shape[1]), 1)
         total = self.log_p.unsqueeze(1) + top
         # A whole response stands once among its own.
@@ -165,13 +163,3 @@ class _Beam:
         count = torch.searchsorted(self.prompts, numbers, right=True) - start
         place = torch.arange(times, device=start.device).minimum(count.unsqueeze(1) - 1)
         return self.rows.of((start.unsqueeze(1) + place).flatten())
-
-
-def _next_logprob(logits: Tensor, lengths: Tensor, asked: Asked) -> Tensor:
-    """(R, V) float64: as the tokens would be drawn, at temperature 1 where that is 0."""
-    how: SamplingConfig = asked.sampling
-    z = logits / (how.temperature or 1.0)
-    z[:, list(asked.eos_ids)] = z[:, list(asked.eos_ids)].masked_fill(
-        (lengths < how.min_new_tokens).unsqueeze(1), -torch.inf
-    )
-    return truncated(z, how.top_k, how.top_p).log_softmax(1)
