@@ -13,7 +13,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -43,11 +43,11 @@ class Size:
 
     seeds: Sequence[int] = (0, 1, 2)
     num_reviews: int = 3600
-    num_prompts: int = 64
-    sft_steps: int = 300
-    cycles: int = 12
-    budgets: Sequence[int] = (1, 2, 4, 8, 16)
-    max_new_tokens: int = 44
+    num_prompts: int = 40
+    sft_steps: int = 200
+    cycles: int = 6
+    budgets: Sequence[int] = (1, 2, 4, 8)
+    max_new_tokens: int = 32
 
 
 QUICK = Size(
@@ -71,6 +71,7 @@ def arms(budget: int, length: int) -> dict[str, dict[str, Any]]:
         "value_guided": {"type": "value_guided", "width": width, "branch": budget // width},
         "mcmc": {"type": "mcmc", "target": "tilted", "beta": 0.1, "steps": 2 * (budget - 1)},
         "smc": {"type": "smc", "n": budget, "block": block, "beta": 0.1},
+        "ppo_mcts": {"type": "ppo_mcts", "simulations": budget},
     }
 
 
@@ -110,8 +111,8 @@ def measured(trainer: HybridTrainer, examples: Sequence[Any], decoder: dict[str,
     }
 
 
-def curves(size: Size) -> dict[str, list[dict[str, Any]]]:
-    """By decoder its points, one for each budget, each measure as a list over the seeds."""
+def curves(size: Size) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    """After each seed: by decoder its points, one for each budget, each measure as a list over the seeds so far."""
     found: dict[str, dict[int, list[dict[str, float]]]] = {}
     for seed in size.seeds:
         trainer, examples = trained(size, seed)
@@ -119,13 +120,13 @@ def curves(size: Size) -> dict[str, list[dict[str, Any]]]:
             for name, decoder in arms(budget, size.max_new_tokens).items():
                 point = measured(trainer, examples, decoder, seed=1234 + seed)
                 found.setdefault(name, {}).setdefault(budget, []).append(point)
-    return {
-        name: [
-            {"budget": budget, **{key: [point[key] for point in points] for key in points[0]}}
-            for budget, points in of_decoder.items()
-        ]
-        for name, of_decoder in found.items()
-    }
+        yield {
+            name: [
+                {"budget": budget, **{key: [point[key] for point in points] for key in points[0]}}
+                for budget, points in of_decoder.items()
+            ]
+            for name, of_decoder in found.items()
+        }
 
 
 def lines(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
@@ -181,16 +182,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     size = QUICK if args.quick else Size()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = curves(size)
+    warnings.simplefilter("ignore")
+    for num_seeds, found in enumerate(curves(size), 1):
+        if not args.quick:
+            # What is there is kept, should the rest not come.
+            path = RESULTS / f"decoding-{device_name()}.json"
+            of = {**vars(size), "seeds": list(size.seeds)[:num_seeds]}
+            path.write_text(json.dumps({**stamp(), "size": of, "curves": found}, indent=1) + "\n", encoding="utf-8")
+            draw(found, path.with_suffix(".png"))
     print(table(lines(found), ["decoder", "budget", "tokens", "reward", "distinct-2", "ms"]))
-    if not args.quick:
-        result = {**stamp(), "size": vars(size) | {"seeds": list(size.seeds)}, "curves": found}
-        path = RESULTS / f"decoding-{device_name()}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        draw(found, path.with_suffix(".png"))
-        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ def test_every_arm_spends_its_budget(budget):
         made = make_decoder(spec)
         spent = {
             "mcmc": lambda m: length + m.steps * length / 2,
+            "ppo_mcts": lambda m: m.simulations * length,
             "value_guided": lambda m: m.width * m.branch * length,
         }.get(made.name, lambda m: m.n * length)(made)
         assert spent == budget * length, name

@@ -91,10 +91,10 @@ def test_mcmc_without_its_proposals_correction_reaches_something_else(monkeypatc
 def test_mcmc_without_the_correction_of_its_cuts_reaches_something_else(monkeypatch):
     from hybrid.rollout.decoders import mcmc
 
-    # What is short is as likely as what is long.
-    reward = torch.tensor([1.6 if len(y) == 1 else 0.0 for y in ALL], dtype=torch.float64)
+    # The shortest has a fourth of all, and is seldom proposed.
+    reward = torch.tensor([1.0 if len(y) == 1 else 0.0 for y in ALL], dtype=torch.float64)
     judge, expected = TableJudge(dict(zip(ALL, reward.tolist(), strict=True))), target(LOG_P + reward / 0.5)
-    spec = {"type": "mcmc", "target": "tilted", "beta": 0.5, "steps": 25}
+    spec = {"type": "mcmc", "target": "tilted", "beta": 0.5, "steps": 50}
     assert total_variation(shares(answers(spec, judge=judge), ALL), expected) < LIMIT
     monkeypatch.setattr(mcmc, "_log_cuts", lambda rows: torch.zeros(len(rows), dtype=torch.float64))
     assert total_variation(shares(answers(spec, judge=judge), ALL), expected) > 5 * LIMIT
