@@ -1,10 +1,12 @@
 """Decoders in runs: who may learn from which, where their metrics go, and the command line."""
 
+import json
 from dataclasses import dataclass
 
 import pytest
 import torch
 from tiny import tiny_model, tiny_policy
+from whole_run import crash, logged_rows, weights
 
 from hybrid import HybridConfig, HybridTrainer
 from hybrid.cli import main
@@ -167,6 +169,32 @@ def test_a_reward_that_answers_itself_does_not_search_for_its_answers(tokenizer)
     play = {"type": "self_play", "reward": {"type": "python", "function": num_letters, "name": "letters"}}
     hybrid = trainer(tokenizer, reward=play, **RAFT, **by({"type": "best_of_n", "n": 4}))
     hybrid.train()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "decoder", [{"type": "markov", "window": 5}, {"type": "mcmc", "target": "tilted", "steps": 2}], ids=ids
+)
+def test_a_run_that_died_goes_on_bit_for_bit(stories, tmp_path, decoder):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"Day {i} was", "target": "good"}) + "\n" for i in range(8)))
+
+    def config(name):
+        return config_of(
+            model={"name": stories}, reward={"type": "sentiment_lexicon"}, **by(decoder),
+            data={"train": str(data), "eval_fraction": 0.25, "template": "none"},
+            mixing={"strategy": "objective", "objective": "ppo" if decoder["type"] == "markov" else "raft", "steps": 4},
+            objectives={"raft": {"above": -1.0}}, checkpoint={"every": 1}, run={"output": str(tmp_path / name)},
+        )  # fmt: skip
+
+    whole = HybridTrainer(config=config("whole"))
+    whole.train()
+    crash(HybridTrainer(config=config("part")), 2)
+    resumed = HybridTrainer.resume(tmp_path / "part")
+    assert 0 < resumed.num_steps < 4
+    resumed.train()
+    assert logged_rows(tmp_path / "part") == logged_rows(tmp_path / "whole")
+    assert torch.equal(weights(resumed), weights(whole))
 
 
 def test_the_config_is_written_and_read_back():

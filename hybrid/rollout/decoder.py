@@ -38,8 +38,9 @@ class Decoder(ABC):
 
     @abstractmethod
     def answers(self, asked: "Asked") -> "Responses":
-        """`asked.repeats` responses to each prompt, which stand together; `logprob` where it has one, else None.
+        """`asked.repeats` responses to each prompt, which stand together.
 
+        Their `logprob` counts where it `is_policy`, and is dropped elsewhere.
         Their `metrics` are logged as "decoder/NAME".
         """
 

@@ -62,6 +62,7 @@ def respond(
         responses = decoder.answers(asked)
     if not decoder.is_policy:
         cost = asked.num_tokens / (len(examples) * samples_per_prompt)
-        responses = replace(responses, metrics={**responses.metrics, "tokens": cost})
+        # What a search draws by the way is not what its responses were drawn by.
+        responses = replace(responses, logprob=None, metrics={**responses.metrics, "tokens": cost})
     times = samples_per_prompt
     return prompt_ids.repeat_interleave(times, 0), prompt_mask.repeat_interleave(times, 0), responses

@@ -40,4 +40,4 @@ class BestOfN(JudgingDecoder):
         worth = self.worth(asked, asked.numbers(times), drawn.widened(asked.width, pad_id=asked.pad_id))
         best = worth.view(-1, self.n).argmax(1) + self.n * torch.arange(len(worth) // self.n, device=worth.device)
         metrics = {"kl_bound": math.log(self.n) - (self.n - 1) / self.n}
-        return replace(drawn.of(best), logprob=None, metrics=metrics).trimmed()
+        return replace(drawn.of(best), metrics=metrics).trimmed()

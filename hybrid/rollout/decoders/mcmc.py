@@ -81,7 +81,7 @@ class MCMC(Decoder):
         order = torch.arange(each * len(now), device=asked.device).view(each, -1, chains)
         rows = order.permute(1, 2, 0).reshape(len(asked.prompt_ids), -1)[:, : asked.repeats].flatten()
         rate = float(torch.stack(accepted).mean())
-        return replace(Responses.joined(kept).of(rows), logprob=None, metrics={"acceptance_rate": rate}).trimmed()
+        return replace(Responses.joined(kept).of(rows), metrics={"acceptance_rate": rate}).trimmed()
 
     def _log_pi(self, asked: Asked, prompts: Tensor, rows: Responses, q: SamplingConfig) -> Tensor:
         """(R,) float64, up to a constant."""

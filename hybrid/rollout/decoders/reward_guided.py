@@ -1,6 +1,6 @@
 """Block by block, the best of several continuations."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -42,4 +42,4 @@ class RewardGuided(JudgingDecoder):
             worth = self.worth(asked, prompts[each], candidates).view(-1, self.n)
             best = worth.argmax(1) + self.n * torch.arange(len(going), device=worth.device)
             rows = rows.put(going, candidates.of(best))
-        return replace(rows, logprob=None).trimmed()
+        return rows.trimmed()

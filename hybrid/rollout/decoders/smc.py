@@ -81,7 +81,7 @@ class SMC(JudgingDecoder):
         one = torch.searchsorted(_weights(log_w).cumsum(1), asked.uniform(len(log_w), 1), right=True)
         one = one.clamp(max=self.n - 1).squeeze(1) + self.n * torch.arange(len(log_w), device=log_w.device)
         metrics = {"ess": float((_ess(log_w) / self.n).mean()), "resampled": float(resampled.mean())}
-        return replace(rows.of(one), logprob=None, metrics=metrics).trimmed()
+        return replace(rows.of(one), metrics=metrics).trimmed()
 
     def _gain(self, asked: Asked, prompts: Tensor, rows: Responses, before: Tensor, q: SamplingConfig) -> Tensor:
         """log p^alpha / q of the tokens behind the first `before`, (R,) float64."""

@@ -68,7 +68,7 @@ class ValueGuided(Decoder):
             if self.ends_by == "reward":
                 beam = beam.rewarded(asked)
             beam = beam.best(self.width, self.beta)
-        return replace(beam.first(asked.repeats, len(asked.prompt_ids)), logprob=None).trimmed()
+        return beam.first(asked.repeats, len(asked.prompt_ids)).trimmed()
 
 
 @dataclass(frozen=True)
