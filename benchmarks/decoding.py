@@ -34,6 +34,7 @@ from hybrid.demo.model import demo_model, demo_tokenizer  # noqa: E402
 from hybrid.demo.session import COMMON, LANGUAGE, TASTE  # noqa: E402
 from hybrid.evaluate import evaluate_responses  # noqa: E402
 
+TILT = 0.1  # reward that a nat of log-prob is worth: about the demo's KL coefficient
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -45,7 +46,7 @@ class Size:
     num_reviews: int = 3600
     num_prompts: int = 40
     sft_steps: int = 200
-    cycles: int = 6
+    cycles: int = 10
     budgets: Sequence[int] = (1, 2, 4, 8)
     max_new_tokens: int = 32
 
@@ -59,19 +60,20 @@ def arms(budget: int, length: int) -> dict[str, dict[str, Any]]:
     """Every decoder with the settings that spend about budget * length tokens on a response of that length.
 
     block: a quarter of the length.   mcmc: a step draws half a response in the mean, and the first one is whole.
-    value_guided: width * branch states are looked at for each token.
+    value_guided: width * branch states are looked at for each token.   Its beta is 1 / the others': the same tilt.
+    greedy: the beam of one branch, which no value steers.
     """
     block, width = max(1, length // 4), max(1, budget // 4)
     if budget == 1:
-        return {"sample": {"type": "sample"}, "value_guided": {"type": "value_guided", "width": 1, "branch": 1}}
+        return {"sample": {"type": "sample"}, "greedy": {"type": "value_guided", "width": 1, "branch": 1}}
     return {
         "best_of_n": {"type": "best_of_n", "n": budget},
         "best_of_n by value": {"type": "best_of_n", "n": budget, "by": "value"},
         "reward_guided": {"type": "reward_guided", "n": budget, "block": block},
-        "value_guided": {"type": "value_guided", "width": width, "branch": budget // width},
-        "mcmc": {"type": "mcmc", "target": "tilted", "beta": 0.1, "steps": 2 * (budget - 1)},
-        "smc": {"type": "smc", "n": budget, "block": block, "beta": 0.1},
-        "ppo_mcts": {"type": "ppo_mcts", "simulations": budget},
+        "value_guided": {"type": "value_guided", "width": width, "branch": budget // width, "beta": 1 / TILT},
+        "mcmc": {"type": "mcmc", "target": "tilted", "beta": TILT, "steps": 2 * (budget - 1)},
+        "smc": {"type": "smc", "n": budget, "block": block, "beta": TILT},
+        "ppo_mcts": {"type": "ppo_mcts", "simulations": budget, "explore": TILT},
     }
 
 
@@ -156,10 +158,11 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
     figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.subplots()
-    (sample,) = found["sample"]
-    axes.axhline(fmean(sample["reward"]), color="grey", linestyle=":", label="sample")
+    for name, style in (("sample", ":"), ("greedy", "--")):
+        (point,) = found[name]
+        axes.axhline(fmean(point["reward"]), color="grey", linestyle=style, label=name)
     for name, points in found.items():
-        if name == "sample":
+        if name in ("sample", "greedy"):
             continue
         tokens = [fmean(point["tokens"]) for point in points]
         (line,) = axes.plot(tokens, [fmean(point["reward"]) for point in points], marker="o", markersize=4, label=name)

@@ -26,16 +26,16 @@ def test_every_arm_spends_its_budget(budget):
         assert spent == budget * length, name
 
 
-def test_the_picture_has_a_line_for_each_decoder_and_one_for_the_sample(tmp_path, monkeypatch):
+def test_the_picture_has_a_line_for_each_decoder_and_two_for_what_does_not_search(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: drawn.append(figure))
-    found = {"sample": POINTS, "mcmc": POINTS, "smc": POINTS}
+    found = {"sample": POINTS, "greedy": POINTS, "mcmc": POINTS, "smc": POINTS}
     draw(found, tmp_path / "decoding.png")
     (axes,) = drawn[0].axes
-    assert [line.get_label() for line in axes.lines] == ["sample", "mcmc", "smc"]
-    assert lines(found)[1] == {
+    assert [line.get_label() for line in axes.lines] == ["sample", "greedy", "mcmc", "smc"]
+    assert lines(found)[2] == {
         "decoder": "mcmc", "budget": "2", "tokens": "80", "reward": "0.500 ± 0.000", "distinct-2": "0.90", "ms": "10",
     }  # fmt: skip
 
@@ -45,5 +45,5 @@ def test_a_round_of_the_smallest_size_has_every_decoder():
     command = [sys.executable, "benchmarks/decoding.py", "--quick", "--threads", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     rows = done.stdout.splitlines()
-    for name in ("sample", *arms(4, 8)):
+    for name in ("sample", "greedy", *arms(4, 8)):
         assert any(row.startswith(name) for row in rows), name
