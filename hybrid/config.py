@@ -177,15 +177,17 @@ class HybridConfig:
         if not strategy.rolls_out:
             return
         if self.reward is None and strategy.needs_reward:
-            raise InputError("config: reward is missing, which PPO steps need; give one, or leave PPO out of mixing")
+            kinds = {name: objective_class(name) for name in sorted(strategy.objectives)}
+            needing = ", ".join(name for name, kind in kinds.items() if kind.rolls_out and kind.needs_reward)
+            raise InputError(f"config: reward is missing, which {needing} needs; give one, or leave it out of mixing")
         if not self.sampling.temperature:
-            raise InputError("config: sampling.temperature must be > 0: PPO learns from what was drawn")
+            raise InputError("config: sampling.temperature must be > 0: a rollout is learnt from as it was drawn")
         check_decoder(strategy.objectives, self.sampling.search.name, self.sampling.search.policy_window)
 
     def check_rollout(self, strategy: Strategy) -> None:
         """Refuse a rollout that nothing learns from: no objective of the strategy, and none that `objectives` names."""
         if not self.sampling.temperature:
-            raise InputError("a rollout needs sampling.temperature > 0: PPO learns from what was drawn")
+            raise InputError("a rollout needs sampling.temperature > 0: it is learnt from as it was drawn")
         rolling = [name for name in {*strategy.objectives, *self.objectives} if objective_class(name).rolls_out]
         check_decoder(rolling or ["ppo"], self.sampling.search.name, self.sampling.search.policy_window, least=1)
 

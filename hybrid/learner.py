@@ -272,11 +272,11 @@ class Learner(Supply):
     def rollout(self, prompts: Batch | Sequence[Any], *, scored: bool = True) -> Rollout:
         """Answer the prompts (a batch, texts, or examples as in `train_data`) and score the answers.
 
-        scored: False: without a reward, where there is none, all scores are 0.
+        scored: False: nobody is asked, all scores are 0.
         """
-        reward = self.reward if scored or self.reward is not None else Unjudged()
+        reward = self.reward if scored else Unjudged()
         if reward is None:
-            raise InputError("PPO needs a reward: give HybridTrainer(reward=...) or the config's `reward`")
+            raise InputError("a rollout needs a reward: give HybridTrainer(reward=...) or `reward`, or scored=False")
         self.config.check_rollout(self.strategy)
         with self.autocast():
             rollout = collect(

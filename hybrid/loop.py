@@ -284,7 +284,7 @@ class _Loop:
         batches = {"sft": strategy.supervised(learner, examples)} if "sft" in plan.coefs else None
         rows = strategy.trained_rows(rollout, examples)
         metrics, samples = learner.take(plan, rollout, batches, rows=rows), sample_rows(rollout)[:NUM_SAMPLES]
-        if learner.reward is None:
+        if not plan.needs_reward:
             # The zeros of responses that nobody has judged are no measure.
             names = {"reward", "reward_std", "seconds_reward"}
             metrics = {name: x for name, x in metrics.items() if name not in names and "reward/" not in name}

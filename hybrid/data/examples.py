@@ -86,15 +86,17 @@ def read_example_set(source: Any, config: DataConfig, *, seed: int = 0, name: st
             raise InputError(f"{title}: DataConfig.filter = {config.filter!r} keeps none of {len(placed)} rows")
         notes.append(f"data.filter kept {len(kept):,} of {len(placed):,} rows")
         placed = kept
-    mapped, said, flaws = _mapped(placed, config, title)
+    of_rows, said, flaws = _mapped(placed, config, title)
     left_out = [f"left out {count:,} {'pair' if count == 1 else 'pairs'} {reason}" for reason, count in flaws.items()]
-    if not mapped:
+    if not any(of_rows):
         raise InputError(f"{title}: no row is left of {len(placed)}: {', '.join(left_out)}")
     notes += left_out
-    examples = [e for e in mapped if e.prompt or e.input_ids or e.target.strip()]
-    if not examples:
+    mapped = [of_row for of_row in of_rows if of_row]
+    of_rows = [of_row for of_row in mapped if not _is_blank(of_row[0])]
+    if not of_rows:
         raise InputError(f"{title}: all {len(mapped)} rows are blank")
-    num_blank = len(mapped) - len(examples)
+    num_blank = len(mapped) - len(of_rows)
+    examples = [e for of_row in of_rows for e in of_row]
     if num_blank:
         notes.append(f"left out {num_blank:,} blank {'row' if num_blank == 1 else 'rows'}")
     if num_bad := sum(e.rejected is not None and not e.target for e in examples):
@@ -102,11 +104,12 @@ def read_example_set(source: Any, config: DataConfig, *, seed: int = 0, name: st
     if num_prompts := sum(not _has_target(e) and e.rejected is None for e in examples):
         notes.append(f"{num_prompts:,} without a target, for rollouts only")
     if config.shuffle:
-        random.Random(seed).shuffle(examples)
-    if config.limit is not None and config.limit < len(examples):
-        notes.append(f"the first {config.limit:,} of {len(examples):,} (data.limit)")
+        random.Random(seed).shuffle(of_rows)
+    if config.limit is not None and config.limit < len(of_rows):
+        notes.append(f"the first {config.limit:,} of {len(of_rows):,} (data.limit)")
     of = "" if title == "data" else f" of {title}"
-    return ExampleSet(examples[: config.limit], "; ".join([f"{of}: {said}", *notes]), num_blank)
+    taken = [e for of_row in of_rows[: config.limit] for e in of_row]
+    return ExampleSet(taken, "; ".join([f"{of}: {said}", *notes]), num_blank)
 
 
 def data_line(count: int, what: str, said: str) -> str:
@@ -122,8 +125,8 @@ def examples_from(rows: Iterable[Mapping[str, Any]], config: DataConfig) -> list
     user's turn to answer.
     """
     placed = [(f"data, row {i}", row) for i, row in enumerate(read_rows(rows), start=1)]
-    examples, _, _ = _mapped(placed, config, "data", drop=False)
-    return examples
+    of_rows, _, _ = _mapped(placed, config, "data", drop=False)
+    return [e for of_row in of_rows for e in of_row]
 
 
 def read_training_sets(
@@ -204,30 +207,35 @@ def _keeps(keep: Callable[[Mapping[str, Any]], Any], row: Mapping[str, Any], whe
 
 def _mapped(
     placed: Sequence[Placed], config: DataConfig, name: str, *, drop: bool = True
-) -> tuple[list[Example], str, Counter[str]]:
-    """The rows' examples, which column is what, and how many pairs were left out, by the reason.
+) -> tuple[list[list[Example]], str, Counter[str]]:
+    """Each row's examples (a ranking has several), which column is what, and how many pairs were left out, and why.
 
     drop: whether these are left out; else they are an InputError.
     """
     rows = [row for _, row in placed]
     layout = layout_of(rows, config, name)
-    examples: list[Example] = []
+    of_rows: list[list[Example]] = []
     flaws: Counter[str] = Counter()
     for place, row in placed:
         flawed: list[Flawed] = []
         try:
             if isinstance(layout, Ranked):
                 made, flawed = layout.examples(row, place)
-                examples += made
+                of_rows.append(made)
             else:
-                examples.append(layout.example(row, place))
+                of_rows.append([layout.example(row, place)])
         except Flawed as flaw:
             flawed = [flaw]
         if flawed and not drop:
             raise flawed[0]
         flaws.update(flaw.reason for flaw in flawed)
     unused = [column for column in columns_of(rows) if column not in (*layout.needs, *layout.takes)]
-    return examples, layout.says() + (f"; unused columns: {listed(unused)}" if unused else ""), flaws
+    return of_rows, layout.says() + (f"; unused columns: {listed(unused)}" if unused else ""), flaws
+
+
+def _is_blank(example: Example) -> bool:
+    """Whether it is plain text with nothing in it."""
+    return not (example.prompt or example.input_ids or example.target.strip())
 
 
 def _has_target(example: Example) -> bool:

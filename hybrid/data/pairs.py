@@ -48,12 +48,10 @@ def answers_of(examples: Sequence[Encoded]) -> list[Answer]:
             "other prompts, or take objective dpo"
         )
     longest = max((len(e.input_ids) for e, _ in judged), default=0)
-    answers = []
-    for i, (e, is_good) in enumerate(judged):
-        others = (judged[(i + step) % len(judged)][0] for step in range(1, len(judged)))
-        other = next(other for other in others if other.prompt_ids != e.prompt_ids)
-        answers.append(Answer(e, is_good, _mismatched(e, other, longest)))
-    return answers
+    others = _next_of_another_prompt([e for e, _ in judged])
+    return [
+        Answer(e, is_good, _mismatched(e, other, longest)) for (e, is_good), other in zip(judged, others, strict=True)
+    ]
 
 
 def collate_answers(answers: Sequence[Answer], *, pad_id: int) -> Labelled:
@@ -64,6 +62,18 @@ def collate_answers(answers: Sequence[Answer], *, pad_id: int) -> Labelled:
         mismatched=replace(collate([a.mismatched for a in answers], pad_id=pad_id), examples=()),
         examples=tuple((a.encoded, a.mismatched) for a in answers),
     )
+
+
+def _next_of_another_prompt(examples: Sequence[Encoded]) -> list[Encoded]:
+    """For each the next one, the first behind the last, whose prompt is another; there are several prompts."""
+    count = len(examples)
+    found = list(examples)
+    # Backwards, and twice around: the end's are known once the beginning's are.
+    for i in reversed(range(2 * count - 1)):
+        here, behind = i % count, (i + 1) % count
+        is_other = examples[here].prompt_ids != examples[behind].prompt_ids
+        found[here] = examples[behind] if is_other else found[behind]
+    return found
 
 
 def _mismatched(e: Encoded, other: Encoded, longest: int) -> Encoded:

@@ -7,7 +7,7 @@ from itertools import combinations
 from numbers import Real
 from typing import Any
 
-from hybrid.core import Example, InputError
+from hybrid.core import Example, InputError, parse_json
 from hybrid.data.cells import LEAVE_OUT, cell, is_bool, is_list, is_missing, text_in
 from hybrid.data.layouts import Layout, Pair, Row, Turns
 from hybrid.data.messages import messages_of
@@ -110,8 +110,8 @@ class Preferred:
         value = [value] if isinstance(value, Mapping) and column != self.prompt else value
         if is_list(value) and not len(value) and column != self.prompt:
             raise Flawed(where, "with an empty side")
-        # A whole dialogue may be JSON, as CSV files have it; of an answer alone that may be what was said.
-        if is_list(value) or (self.prompt is None and isinstance(value, str) and value.startswith("[{")):
+        # CSV files have messages as JSON.
+        if is_list(value) or (isinstance(value, str) and value.startswith('[{"') and _holds_messages(value)):
             return messages_of(value, f"{where}: column {column!r}")
         return text_in(row, column, where)
 
@@ -213,6 +213,17 @@ class Judged:
         if is_good:
             return example
         return replace(example, target="", messages=example.messages[:-1], rejected=example)
+
+
+def _holds_messages(text: str) -> bool:
+    """Whether a text is the JSON of messages: what a model was to say may be JSON too."""
+    try:
+        listed = parse_json(text)
+    except ValueError:
+        return False
+    return all(
+        isinstance(m, Mapping) and ({"role", "content"} <= m.keys() or {"from", "value"} <= m.keys()) for m in listed
+    )
 
 
 def is_verdict(value: Any) -> bool:

@@ -73,7 +73,7 @@ class DPO(Objective[Pairs]):
 
     def loss_of(self, whole: Pairs) -> Callable[[Pairs], Loss]:
         def loss(part: Pairs) -> Loss:
-            return self._loss(part, whole.num_pairs)
+            return self._loss_of(part, self._logprob(part), whole.num_pairs)
 
         return loss
 
@@ -90,9 +90,11 @@ class DPO(Objective[Pairs]):
             for start in range(0, len(pairs), batch_size):
                 batch = collate_pairs(pairs[start : start + batch_size], pad_id=0).to(self.parts.policy.device)
                 batch = self._with_reference(batch)
-                chosen, rejected = self._log_ratios(batch)
-                total += float(self._loss(batch, 1.0)[0])
-                rewards += (self.options["beta"] * torch.stack([chosen, rejected], 1)).tolist()
+                logprob = self._logprob(batch)
+                total += float(self._loss_of(batch, logprob, 1.0)[0])
+                if batch.ref_logprob is not None:
+                    logprob = logprob - self._per_token(batch.ref_logprob, batch)
+                rewards += (self.options["beta"] * torch.stack(batch.split(logprob), 1)).tolist()
         return pair_measures(pairs, rewards, loss=total / sum(e.weight for e in pairs))
 
     def _with_reference(self, rows: Pairs) -> Pairs:
@@ -105,21 +107,14 @@ class DPO(Objective[Pairs]):
             kept = self.reference.of(rows.sides, groups, temperature=rows.temperature)
         return replace(rows, ref_logprob=kept.to(rows.weight.device))
 
-    def _loss(self, part: Pairs, num_pairs: float) -> Loss:
-        chosen, rejected = part.split(self._logprob(part))
+    def _loss_of(self, part: Pairs, logprob: Tensor, num_pairs: float) -> Loss:
+        chosen, rejected = part.split(logprob)
         ref_chosen = ref_rejected = None
         if part.ref_logprob is not None:
             ref_chosen, ref_rejected = part.split(self._per_token(part.ref_logprob, part))
         return dpo_loss(
             chosen, rejected, ref_chosen, ref_rejected, weight=part.weight, num_pairs=num_pairs, **self.options
         )
-
-    def _log_ratios(self, part: Pairs) -> tuple[Tensor, Tensor]:
-        """(chosen, rejected): the log-probs against the reference's, where there is one, (B,) each."""
-        logprob = self._logprob(part)
-        if part.ref_logprob is not None:
-            logprob = logprob - self._per_token(part.ref_logprob, part)
-        return part.split(logprob)
 
     def _logprob(self, part: Pairs) -> Tensor:
         logprob, _ = self.parts.policy.batch_logprob(part.sides, temperature=part.temperature)

@@ -13,7 +13,7 @@ from hybrid.objectives.accumulate import Loss, Term
 from hybrid.objectives.dpo import DPO
 from hybrid.objectives.objective import Measures, Objective, Parts, register_objective
 from hybrid.objectives.preference_config import PreferencesConfig
-from hybrid.objectives.reference_logprob import ReferenceLogprob
+from hybrid.objectives.reference_logprob import ReferenceLogprob, answer_logprob
 
 __all__ = ["KTO"]
 
@@ -93,13 +93,9 @@ class KTO(Objective[Labelled]):
     def _kl(self, whole: Labelled) -> Tensor:
         """The mean log-ratio of the mismatched answers of the whole update, at least 0."""
         assert whole.ref_mismatched is not None
-        sums = torch.zeros_like(whole.ref_mismatched)
-        self.parts.policy.eval()
-        with torch.no_grad(), self.parts.autocast():
-            for rows in by_length(whole.mismatched.extents, self.microbatch_size):
-                logprob, _ = self.parts.policy.batch_logprob(whole.mismatched[rows].trimmed())
-                sums[rows.to(sums.device)] = logprob.sum(1).to(sums.dtype)
-        return (sums - whole.ref_mismatched).mean().clamp(min=0)
+        groups = by_length(whole.mismatched.extents, self.microbatch_size)
+        logprob = answer_logprob(self.parts, self.parts.policy, whole.mismatched, groups)
+        return (logprob - whole.ref_mismatched).mean().clamp(min=0)
 
     def _with_reference(self, rows: Labelled) -> Labelled:
         if rows.ref_logprob is not None:

@@ -18,6 +18,7 @@ from hybrid.objectives.dpo import DPO
 from hybrid.objectives.objective import Measures, Objective, Parts, register_objective
 from hybrid.objectives.ppo_config import PPOConfig
 from hybrid.objectives.preference_config import PreferencesConfig
+from hybrid.objectives.reference_logprob import answer_logprob
 from hybrid.rollout import SamplingConfig
 
 __all__ = ["RAFT", "SPIN", "OnlineDPO", "batch_of", "best_and_worst"]
@@ -131,28 +132,25 @@ class SPIN(DPO):
         opponent = self._own_logprob(replace(found, temperature=rollout.temperature))
         return replace(found, temperature=rollout.temperature, ref_logprob=opponent)
 
-    @torch.no_grad()
     def _own_logprob(self, pairs: Pairs) -> Tensor:
         """(2B,), of both sides under the policy as it is now, through the forwards of the first updates."""
-        self.parts.policy.eval()
-        sums = torch.zeros(len(pairs.sides), device=pairs.weight.device)
-        with self.parts.autocast():
-            for rows in by_length(pairs.extents, self.microbatch_size):
-                both = torch.cat([rows, rows + len(pairs)])
-                logprob, _ = self.parts.policy.batch_logprob(pairs.sides[both].trimmed(), temperature=pairs.temperature)
-                sums[both.to(sums.device)] = logprob.sum(1).to(sums.dtype)
-        return sums
+        groups = [torch.cat([g, g + len(pairs)]) for g in by_length(pairs.extents, self.microbatch_size)]
+        return answer_logprob(self.parts, self.parts.policy, pairs.sides, groups, temperature=pairs.temperature)
 
 
-def best_and_worst(rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """The rows of the highest and of the lowest score of each group in which these differ, (n,) int64 each."""
+def groups_of(rollout: Rollout) -> list[Tensor]:
+    """The rows of the responses to each prompt. Raises InputError where the rollout does not say which these are."""
     if rollout.group is None:
         raise InputError(
             "the responses to one prompt are compared, and this rollout does not say which belong together"
         )
+    return [(rollout.group == number).nonzero().squeeze(1) for number in rollout.group.unique()]
+
+
+def best_and_worst(rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """The rows of the highest and of the lowest score of each group in which these differ, (n,) int64 each."""
     best, worst = [], []
-    for number in rollout.group.unique():
-        rows = (rollout.group == number).nonzero().squeeze(1)
+    for rows in groups_of(rollout):
         scores = rollout.score[rows]
         if scores.max() > scores.min():
             best.append(int(rows[scores.argmax()]))
@@ -206,13 +204,8 @@ class RAFT(Objective[Rollout]):
         super().check()
 
     def learnt(self, rollout: Rollout) -> Rollout:
-        if rollout.group is None:
-            raise InputError(
-                "the responses to one prompt are compared, and this rollout does not say which belong together"
-            )
         chosen = []
-        for number in rollout.group.unique():
-            rows = (rollout.group == number).nonzero().squeeze(1)
+        for rows in groups_of(rollout):
             rows = rows[rollout.score[rows].argsort(descending=True, stable=True)[: self.best]]
             chosen += rows[rollout.score[rows] >= (-math.inf if self.above is None else self.above)].tolist()
         return rollout[torch.tensor(chosen, dtype=torch.int64, device=rollout.score.device)]

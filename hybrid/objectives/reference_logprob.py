@@ -1,6 +1,7 @@
 """Log-probs of answers under the reference: of a fixed data set computed once, and kept."""
 
 import hashlib
+import json
 import time
 from array import array
 from collections.abc import Sequence
@@ -13,14 +14,32 @@ from torch import Tensor
 
 from hybrid.core import Batch, Encoded, InputError
 from hybrid.data import collate
-from hybrid.models import Reference
+from hybrid.models import Policy, Reference
 from hybrid.objectives.objective import Parts
 from hybrid.run import disk_errors, write_file
 
-__all__ = ["ReferenceLogprob"]
+__all__ = ["ReferenceLogprob", "answer_logprob"]
 
 FOLDER = "reference_logprob"
 BATCH_SIZE = 32
+NOT_THE_MODELS = ("_name_or_path", "transformers_version")  # of its config: where it lay, and who wrote it
+
+
+@torch.no_grad()
+def answer_logprob(
+    parts: Parts, model: Policy | Reference, batch: Batch, groups: Sequence[Tensor], *, temperature: float = 1.0
+) -> Tensor:
+    """The sum over each row's trained tokens of their log-probs under the model, (rows of the batch,) float32.
+
+    groups: the rows of each forward. Without dropout: a reference may be the policy's own model with its adapter off.
+    """
+    parts.policy.eval()
+    sums = torch.zeros(len(batch), device=batch.labels.device)
+    with parts.autocast():
+        for rows in groups:
+            logprob, _ = model.batch_logprob(batch[rows].trimmed(), temperature=temperature)
+            sums[rows.to(sums.device)] = logprob.sum(1).to(sums.dtype)
+    return sums
 
 
 class ReferenceLogprob:
@@ -45,13 +64,8 @@ class ReferenceLogprob:
 
     def of(self, batch: Batch, groups: Sequence[Tensor] | None = None, *, temperature: float = 1.0) -> Tensor:
         """(rows of the batch,) float32.   groups: the rows of each forward; None: all in one."""
-        self.parts.policy.eval()  # a reference may be the policy's own model with its adapter off
-        reference, sums = self.reference, torch.zeros(len(batch), device=batch.labels.device)
-        with torch.no_grad(), self.parts.autocast():
-            for rows in [torch.arange(len(batch))] if groups is None else groups:
-                logprob, _ = reference.batch_logprob(batch[rows].trimmed(), temperature=temperature)
-                sums[rows.to(sums.device)] = logprob.sum(1).to(sums.dtype)
-        return sums
+        groups = [torch.arange(len(batch))] if groups is None else groups
+        return answer_logprob(self.parts, self.reference, batch, groups, temperature=temperature)
 
     def kept(self, examples: Sequence[Encoded]) -> Tensor | None:
         """(examples,) float32 of those that are all kept; else None."""
@@ -90,7 +104,9 @@ class ReferenceLogprob:
 
     def _digest(self, examples: Sequence[Encoded]) -> str:
         """Of all that the log-probs depend on."""
-        digest, model = hashlib.sha256(), self.reference.backbone.model
+        model = self.reference.backbone.model
+        settings = {name: x for name, x in model.config.to_dict().items() if name not in NOT_THE_MODELS}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         for name, x in model.state_dict().items():
             if ".lora_" not in name:
                 digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())

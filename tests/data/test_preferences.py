@@ -47,6 +47,7 @@ def test_columns_of_other_names_are_taken_by_the_config():
         {"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
         {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
         {"chosen": json.dumps([USER, GOOD]), "rejected": json.dumps([USER, BAD])},
+        {"prompt": json.dumps([USER]), "chosen": json.dumps([GOOD]), "rejected": json.dumps([BAD])},
     ],
 )
 def test_messages_in_any_form_become_the_same_pair(row):
@@ -72,6 +73,11 @@ def test_a_csv_file_has_margins_that_are_missing_and_labels_of_zero_and_one(tmp_
     (tmp_path / "answers.csv").write_text("prompt,completion,good\na,b,1\nd,e,0\n")
     answers = read_examples(tmp_path / "answers.csv", DataConfig(shuffle=False, label="good"))
     assert [e.target for e in answers] == ["b", ""]
+
+
+def test_an_answer_that_is_other_json_stays_a_text():
+    (example,) = read({"prompt": "two?", "chosen": '[{"sum": 4}]', "rejected": '[{"sum": 5}'})
+    assert (example.target, example.rejected.target) == ('[{"sum": 4}]', '[{"sum": 5}')
 
 
 def test_a_transcript_is_parted_behind_the_last_turn_that_both_sides_share():
@@ -102,6 +108,13 @@ def test_a_ranking_becomes_pairs_that_count_as_one():
     assert sum(e.weight for e in examples) == pytest.approx(1)
     by_rank = read({"prompt": "a", "responses": ["x", "y", "z"], "ranks": [3, 1, 2]})
     assert [(e.target, e.rejected.target) for e in by_rank] == [(e.target, e.rejected.target) for e in examples]
+
+
+def test_a_limit_takes_whole_rankings():
+    rows = [{"prompt": f"p{i}", "responses": ["x", "y", "z"], "scores": [1, 3, 2]} for i in range(4)]
+    examples = read_examples(rows, DataConfig(limit=2))
+    assert len(examples) == 6 and len({e.prompt for e in examples}) == 2
+    assert sum(e.weight for e in examples) == pytest.approx(2)
 
 
 def test_equal_scores_make_no_pair():

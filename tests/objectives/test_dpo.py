@@ -256,3 +256,13 @@ def test_rows_of_another_kind_are_refused(tokenizer, name, other):
 def test_held_out_preferences_without_their_training_data_are_refused(tokenizer):
     with pytest.raises(InputError, match=r"preference_data\.eval without preference_data\.train"):
         trainer_on(tokenizer, preference_data=DataConfig(eval="pairs.jsonl"))
+
+
+def test_an_evaluation_takes_every_pair_through_the_policy_once(tokenizer, monkeypatch):
+    trainer = trainer_on(tokenizer)
+    seen, forward = [], trainer.policy.batch_logprob
+    monkeypatch.setattr(
+        trainer.policy, "batch_logprob", lambda batch, **given: seen.append(len(batch)) or forward(batch, **given)
+    )
+    trainer.objectives["dpo"].evaluate(trainer.corpus.pairs, 4)
+    assert sum(seen) == 2 * len(trainer.corpus.pairs)

@@ -7,6 +7,7 @@ import torch
 from preference_trainer import PAIRS, summed, trainer_on
 
 from hybrid import InputError
+from hybrid.core import IGNORE, Encoded
 from hybrid.data import answers_of
 
 
@@ -80,3 +81,15 @@ def test_good_answers_alone_are_refused_as_data(tokenizer):
     rows = [{"prompt": f"the w{i}", "completion": "good", "label": True} for i in range(3)]
     with pytest.raises(InputError, match="good answers and bad ones"):
         trainer_on(tokenizer, rows, mixing={"strategy": "objective", "objective": "kto", "steps": 1}).train()
+
+
+@pytest.mark.parametrize("prompts", ["aab", "baa", "abab", "aaabbc", "abbbba", "cabbaac"])
+def test_the_mismatched_answer_is_the_next_one_to_another_prompt(prompts):
+    examples = [
+        Encoded((ord(prompt), 200 + i), (IGNORE, 200 + i), (ord(prompt),), "", "", {})
+        for i, prompt in enumerate(prompts)
+    ]
+    for i, answer in enumerate(answers_of(examples)):
+        around = [(i + step) % len(prompts) for step in range(1, len(prompts))]
+        other = next(j for j in around if prompts[j] != prompts[i])
+        assert answer.mismatched.input_ids == (ord(prompts[i]), 200 + other)

@@ -182,3 +182,9 @@ def test_data_and_responses_learn_together(trainer):
 
 def test_pairs_as_data_train_by_both_names(tokenizer):
     assert trainer_on(tokenizer, PAIRS).preference_step(PAIRS)["num_tokens"] > 0
+
+
+@pytest.mark.parametrize("name", ["online_dpo", "raft"])
+def test_a_missing_reward_is_said_by_the_objectives_name(name, tokenizer):
+    with pytest.raises(InputError, match=f"reward is missing, which {name} needs"):
+        trainer_on(tokenizer, mixing={"strategy": "objective", "objective": name, "steps": 1}).train()
