@@ -1,6 +1,6 @@
 """Reward against the tokens that a decoder spends: search of several kinds on one policy, on the demo's reviews.
 
-    python benchmarks/decoding.py              # 3 seeds, about 4 minutes of one quiet core
+    python benchmarks/decoding.py              # 3 seeds, about 10 minutes beside other jobs
     python benchmarks/decoding.py --quick      # a tiny one of each, writes nothing
 
 Each seed teaches the demo's model its reviews by SFT, then trains it, value head and all, by a few of the demo's cycles
