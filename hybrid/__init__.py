@@ -28,12 +28,13 @@ from hybrid.objectives import (
 )
 from hybrid.optim import make_optimizer, make_scheduler, register_optimizer, register_scheduler
 from hybrid.rewards import Reward, RewardError, RewardModel, make_reward, register_reward
-from hybrid.rollout import KLConfig, SamplingConfig, ScoreConfig, collect
+from hybrid.rollout import Decoder, KLConfig, SamplingConfig, ScoreConfig, collect, register_decoder
 from hybrid.trainer import HybridTrainer
 
 __all__ = [
     "Batch",
     "DataConfig",
+    "Decoder",
     "Encoded",
     "EvalConfig",
     "Example",
@@ -73,6 +74,7 @@ __all__ = [
     "minibatches",
     "ppo_batch_loss",
     "read_pairs",
+    "register_decoder",
     "register_objective",
     "register_optimizer",
     "register_reward",

@@ -187,9 +187,10 @@ def _generate(args: argparse.Namespace) -> None:
         config = trained_config(Path(args.model), args.overrides)
     else:
         config = HybridConfig.from_dict({"model": {"name": args.model}}, args.overrides)
-    # Neither data nor reward: the saved config says how a prompt is put.
+    # Neither data nor a reward that nothing asks: the saved config says how a prompt is put.
     data = replace(config.data, train=None, eval=None, eval_fraction=0.0)
-    config = replace(config, data=data, reward=None, references=())
+    reward = config.reward if config.sampling.search.needs_reward else None
+    config = replace(config, data=data, reward=reward, references=(), eval=replace(config.eval, decoder=None))
     trainer = HybridTrainer(_model_name(config), config=config)
     for prompt, response in zip(args.prompts, trainer.generate(args.prompts), strict=True):
         print(f"{prompt}\n→ {response.strip()}\n")

@@ -20,6 +20,7 @@ from hybrid.objectives import (
     Precision,
     PreferencesConfig,
     SFTConfig,
+    check_decoder,
     check_objectives,
     objective_class,
 )
@@ -181,6 +182,20 @@ class HybridConfig:
             raise InputError(f"config: reward is missing, which {needing} needs; give one, or leave it out of mixing")
         if not self.sampling.temperature:
             raise InputError("config: sampling.temperature must be > 0: a rollout is learnt from as it was drawn")
+        check_decoder(strategy.objectives, self.sampling.search.name, self.sampling.search.policy_window)
+
+    def check_rollout(self, strategy: Strategy) -> None:
+        """Refuse a rollout that nothing learns from: no objective of the strategy, and none that `objectives` names."""
+        if not self.sampling.temperature:
+            raise InputError("a rollout needs sampling.temperature > 0: it is learnt from as it was drawn")
+        rolling = [name for name in {*strategy.objectives, *self.objectives} if objective_class(name).rolls_out]
+        check_decoder(rolling or ["ppo"], self.sampling.search.name, self.sampling.search.policy_window, least=1)
+
+    def check_decoders(self, context: int | None) -> None:
+        """Refuse decoders that this reward, or a model of so many tokens (None: not known), does not let work."""
+        for sampling in (self.sampling, self.eval.sampling(self.sampling)):
+            sampling.search.check_reward(self.reward)
+            sampling.search.check_context(context)
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> "HybridConfig":

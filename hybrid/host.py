@@ -90,6 +90,8 @@ class RunOpponent:
         parts = self.parts
         settings = sampling or parts.config.sampling
         assert isinstance(settings, SamplingConfig)
+        # A search may need the very reward that asks.
+        settings = settings if settings.search.is_policy else settings.drawing()
         examples = [parts.corpus.prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         advice = "Lower ppo.batch_size or sampling.max_new_tokens"
         with parts.autocast(), enough_memory("sampling the opponent's answers", advice), self.model.engine() as engine:

@@ -24,6 +24,7 @@ from hybrid.objectives import (
     Term,
     Updater,
     autocast,
+    check_decoder,
     check_groups,
     log_names,
     objective_class,
@@ -113,6 +114,7 @@ class Learner(Supply):
         self.folder = None if config.run.output is None else open_run_folder(config.run.output)
         examples = read_examples_of(config, train_data, eval_data, ptx_data, preference_data, self.reward)
         context = model_context(source)
+        config.check_decoders(context)
         self.tokenizer = load_tokenizer(source, tokenizer)
         self.corpus = encoded_corpus(config, self.tokenizer, examples, context=context)
         # A bare prompt goes through the template that the data's prompts went through, in later commands too.
@@ -190,6 +192,7 @@ class Learner(Supply):
         """
         began = time.perf_counter()
         config = self.config.ppo
+        check_decoder(coefs, rollout.decoder, rollout.window)
         chosen = with_advantages(rollout if rows is None else rollout[rows.to(self.policy.device)], config)
         learnt = {name: self.objectives[name].learnt(chosen) for name in coefs if self.objectives[name].rolls_out}
         steps: list[Metrics] = []
@@ -274,22 +277,14 @@ class Learner(Supply):
         reward = self.reward if scored else Unjudged()
         if reward is None:
             raise InputError("a rollout needs a reward: give HybridTrainer(reward=...) or `reward`, or scored=False")
-        if not self.config.sampling.temperature:
-            raise InputError("a rollout needs sampling.temperature > 0: it is learnt from as it was drawn")
+        self.config.check_rollout(self.strategy)
         with self.autocast():
             rollout = collect(
-                self.policy,
-                self.references,
-                reward,
-                self.corpus.encoded(prompts),
-                tokenizer=self.tokenizer,
-                sampling=self.config.sampling,
-                samples_per_prompt=self.config.ppo.samples_per_prompt,
-                generator=self.sampler,
-                engine=self.engine,
-                allow_gap=self.config.ppo.importance is not None,
+                self.policy, self.references, reward, self.corpus.encoded(prompts), tokenizer=self.tokenizer,
+                sampling=self.config.sampling, samples_per_prompt=self.config.ppo.samples_per_prompt,
+                generator=self.sampler, engine=self.engine, allow_gap=self.config.ppo.importance is not None,
                 **self._collect_options(),
-            )
+            )  # fmt: skip
         reward.after_rollout(rollout)
         return rollout
 
@@ -314,6 +309,7 @@ class Learner(Supply):
                 self.references,
                 *given,
                 temperature=self.config.sampling.temperature,
+                decoder=self.config.sampling.search if self.config.sampling.search.is_policy else None,
                 **self._collect_options(),
             )
         check_groups(rollout, self.config.ppo)
@@ -332,7 +328,7 @@ class Learner(Supply):
             for start in range(0, len(examples), size):
                 *_, responses = respond(
                     self.engine, examples[start : start + size], tokenizer=self.tokenizer,
-                    sampling=sampling, generator=self.speaker,
+                    sampling=sampling, generator=self.speaker, reward=self.reward,
                 )  # fmt: skip
                 answers += response_texts(self.tokenizer, responses, stop=sampling.stop)
         return answers

@@ -123,6 +123,7 @@ def test_the_loop_of_preferences_has_at_most_40_lines():
         ("dpo", ["mixing.steps=2", "data.limit=16"]),
         ("reward_model", ["mixing.steps=2", "data.limit=16"]),
         ("online_dpo", ["mixing.steps=2", "data.limit=40", "ppo.batch_size=4", "ppo.minibatch_size=8"]),
+        ("decoding", ["mixing.steps=2", "data.limit=40", "ppo.batch_size=4", "ppo.minibatch_size=4"]),
         ("distill", ["mixing.steps=2", "data.limit=40", "ppo.batch_size=4", "ppo.minibatch_size=4"]),
     ],
 )

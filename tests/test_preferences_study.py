@@ -259,7 +259,7 @@ def test_the_study_runs_and_takes_finished_runs_as_they_are(tmp_path):
 
     first = table_of_a_run()
     assert [line.split(" | ")[0] for line in first] == [
-        "| reward models", "| ---", "| 3", "| arm", "| ---", "| base", "| dpo", "| ppo_sft",
+        "| reward models", "| ---", "| reward_model", "| arm", "| ---", "| base", "| dpo", "| ppo_sft",
     ]  # fmt: skip
     # The table shows seconds, which no second run would repeat.
     assert table_of_a_run() == first

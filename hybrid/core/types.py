@@ -155,6 +155,8 @@ class Rollout:
     group: (B,) int64, equal where the rows answer the same prompt; from `collect` the example's number. Or None.
     sampling_logprob: (B, T) float32, of each token under the distribution that it was drawn from (after top_k, top_p
         and min_new_tokens, by the engine that drew it), 0 outside the mask; None where that is not known.
+    decoder: what found the responses (`sampling.decoder`); only of some the log-probs are those of a policy.
+    window: the tokens before each that its log-probs, old and of the references, were taken from; None: all.
     prompts, responses, targets: the texts, B of each, or none; a response stands behind its hint.
     examples: what was answered, B, or none.
     components: raw score by reward name, B each.
@@ -178,6 +180,8 @@ class Rollout:
     temperature: float = 1.0
     group: Tensor | None = None
     sampling_logprob: Tensor | None = None
+    decoder: str = "sample"
+    window: int | None = None
     prompts: tuple[str, ...] = ()
     responses: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from hybrid.core import InputError, check_seed, unknown_name
 from hybrid.evaluate.text import TEXT_METRICS, check_text_metrics
 from hybrid.objectives import Objective, objective_class, objective_names
-from hybrid.rollout import SamplingConfig
+from hybrid.rollout import SamplingConfig, make_decoder
 from hybrid.run import better_end
 
 __all__ = ["EvalConfig"]
@@ -29,6 +29,7 @@ class EvalConfig:
     batch_size: int = 32
     seed: int = 1234  # of the sampling: the same draws before and after
     temperature: float | None = None  # of the sampling; None: as in training; 0: the likeliest token
+    decoder: Any = None  # of the sampling (docs/decoding.md); None: as in training
     text_metrics: tuple[str, ...] = ()  # of bleu, chrf, rouge_l, token_f1, exact_match: responses against targets
     metric: str = "sft_loss"  # the one that is watched
     mode: Literal["auto", "min", "max"] = "auto"  # which end of it is the better; auto: the one that is known
@@ -42,6 +43,10 @@ class EvalConfig:
         check_seed("EvalConfig.seed", self.seed)
         if self.temperature is not None and not 0 <= self.temperature < math.inf:
             raise ValueError(f"EvalConfig.temperature must be >= 0 and finite, got {self.temperature}")
+        if self.decoder is not None:
+            made = make_decoder(self.decoder)
+            object.__setattr__(self, "_decoder", made)
+            object.__setattr__(self, "decoder", dict(self.decoder) if made is not self.decoder else made.spec())
         check_text_metrics(self.text_metrics)
         self._check_metric()
         if self.patience is not None and self.patience < 1:
@@ -85,7 +90,12 @@ class EvalConfig:
 
     def sampling(self, training: SamplingConfig) -> SamplingConfig:
         """How the held-out prompts are answered."""
-        return training if self.temperature is None else replace(training, temperature=self.temperature)
+        if self.temperature is None and self.decoder is None:
+            return training
+        # A decoder that is made already: what its reward has loaded stays.
+        decoder = vars(self).get("_decoder", training.search)
+        temperature = training.temperature if self.temperature is None else self.temperature
+        return replace(training, temperature=temperature, decoder=decoder)
 
     @property
     def best(self) -> tuple[str, Literal["min", "max"]]:

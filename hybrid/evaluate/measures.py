@@ -80,7 +80,7 @@ def evaluate_responses(
     """Answer the examples' prompts as `sampling` says, and measure the answers.
 
     Returns metrics and one row per sample. kl: nats per response (k1); distinct_2: distinct over all word bigrams;
-    the text metrics of `evaluate_texts`.
+    the text metrics of `evaluate_texts`; decoder/NAME: what the decoder has to say of itself.
     With a reward also reward: mean score; reward_sem: its standard error; positive: share of responses with reward
     > 0; of several parts reward/PART/raw_mean: mean of the scores before any postprocessing. The reward's state
     (running means, history) is left as it was: training goes on from its own. A response that the reward skips is
@@ -101,6 +101,7 @@ def evaluate_responses(
         "eos_share": fmean(x for rollout in rollouts for x in rollout.ended.tolist()),
         "num_prompts": float(len(rows)),
     }
+    metrics |= _decoder_metrics(rollouts)
     if text_metrics:
         metrics |= evaluate_texts(text_metrics, responses, [row["target"] for row in rows])
     if reward is None:
@@ -135,6 +136,13 @@ def _rollouts(
         reward.load_state_dict(state)
         reward.after_evaluation(rollouts)
     return rollouts
+
+
+def _decoder_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """What the decoder had to log of each rollout, "decoder/NAME", in the mean over the responses."""
+    names = [name for name in rollouts[0].reward_metrics if name.startswith("decoder/")]
+    total = sum(map(len, rollouts))
+    return {name: sum(len(r) * r.reward_metrics[name] for r in rollouts) / total for name in names}
 
 
 def _reward_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -23,6 +23,7 @@ from hybrid.models.adapt import (
 )
 from hybrid.models.backbone import Backbone
 from hybrid.models.heads import RewardHead, ValueHead
+from hybrid.models.window import windowed
 from hybrid.run.checkpoint import disk_errors, filled_folder
 
 __all__ = ["Policy", "PolicyOutput", "before_response", "last_token", "response_stats"]
@@ -157,9 +158,23 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return self.backbone.device
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None) -> PolicyOutput:
-        """input_ids, attention_mask: (B, T); padding on either side.   position_ids: see `Batch`."""
-        hidden = self.backbone(input_ids, attention_mask, position_ids)
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None = None,
+        *,
+        window: int | None = None,
+        length: int = 0,
+    ) -> PolicyOutput:
+        """input_ids, attention_mask: (B, T); padding on either side.   position_ids: see `Batch`.
+
+        window, length: see only so many tokens before each of the last `length` (`windowed`); None: all.
+        """
+        if window is None:
+            hidden = self.backbone(input_ids, attention_mask, position_ids)
+        else:
+            hidden = windowed(self.backbone, input_ids, attention_mask, window, length)
         return PolicyOutput(hidden, self.value_head(hidden))
 
     def scores(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None) -> Tensor:

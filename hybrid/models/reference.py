@@ -12,6 +12,7 @@ from hybrid.fused import TokenStats
 from hybrid.models.adapt import four_bit_options, is_adapted, without_adapter
 from hybrid.models.backbone import Backbone
 from hybrid.models.policy import Policy, label_logprob, response_stats
+from hybrid.models.window import windowed
 
 __all__ = ["Reference"]
 
@@ -63,11 +64,21 @@ class Reference:
         return cls(Backbone.from_pretrained(name_or_path, **options), **kwargs)
 
     @torch.no_grad()
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """Hidden states (B, P+T, D), on the reference's device."""
+    def hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None = None,
+        *,
+        window: int | None = None,
+        length: int = 0,
+    ) -> Tensor:
+        """Hidden states (B, P+T, D), on the reference's device.   window, length: see `Policy.forward`."""
         device = self.backbone.device
         position_ids = None if position_ids is None else position_ids.to(device)
         with without_adapter(self.backbone) if self.shared else nullcontext():
+            if window is not None:
+                return windowed(self.backbone, input_ids.to(device), attention_mask.to(device), window, length)
             return self.backbone(input_ids.to(device), attention_mask.to(device), position_ids)
 
     @torch.no_grad()

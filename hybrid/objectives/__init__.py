@@ -2,6 +2,7 @@
 
 from hybrid.objectives.accumulate import Loss, Term, accumulate
 from hybrid.objectives.advantages import check_groups, minibatches, rollout_metrics, shares, with_advantages
+from hybrid.objectives.decoders import check_decoder
 from hybrid.objectives.distill import Distill, DistillData
 from hybrid.objectives.dpo import DPO
 from hybrid.objectives.gram import policy_gram
@@ -59,6 +60,7 @@ __all__ = [
     "Updater",
     "accumulate",
     "autocast",
+    "check_decoder",
     "check_groups",
     "check_objectives",
     "expected_calibration_error",

@@ -58,7 +58,7 @@ def _row_logprob(policy: Policy, rows: Rollout | Batch) -> Tensor:
     if isinstance(rows, Batch):
         logprob, _ = policy.batch_logprob(rows)
         return logprob.sum(1)
-    hidden = policy.backbone(rows.input_ids, rows.attention_mask)
-    stats = response_stats(policy.backbone, hidden, rows.input_ids, rows.mask, temperature=rows.temperature)
+    out = policy(rows.input_ids, rows.attention_mask, window=rows.window, length=rows.mask.shape[1])
+    stats = response_stats(policy.backbone, out.hidden, rows.input_ids, rows.mask, temperature=rows.temperature)
     assert stats.logprob is not None
     return stats.logprob.sum(1)

@@ -106,6 +106,8 @@ class Objective(ABC, Generic[Record]):
     label: ClassVar[str] = ""  # the name in logs; "": the one it is registered by
     rolls_out: ClassVar[bool] = False  # whether its rows are minibatches of the step's rollout
     needs_reward: ClassVar[bool] = True  # of one that rolls out, whether the responses have to be scored
+    imitates: ClassVar[bool] = False  # of one that rolls out, whether any decoder may have found the responses
+    windowed: ClassVar[bool] = False  # of one that rolls out, whether its loss sees what the decoder's `window` lets it
     needs_reward_head: ClassVar[bool] = False  # whether the policy has to have one
     dropout: ClassVar[bool] = True  # whether the policy is in training mode
     lr_factor: float = 1.0  # see `Term`

@@ -19,6 +19,7 @@ from hybrid.objectives.objective import Measures, Objective, Parts, register_obj
 from hybrid.objectives.ppo_config import PPOConfig
 from hybrid.objectives.preference_config import PreferencesConfig
 from hybrid.objectives.reference_logprob import answer_logprob
+from hybrid.rollout import SamplingConfig
 
 __all__ = ["RAFT", "SPIN", "OnlineDPO", "batch_of", "best_and_worst"]
 
@@ -173,13 +174,19 @@ class RAFT(Objective[Rollout]):
         loss = -sum of log pi(y) over the tokens of the chosen responses / their count
 
     best: so many responses of each prompt.   above: only those with at least this score; None: any.
+    The responses may be any decoder's: of `best_of_n` and `mcmc` it is expert iteration.
     Source: RAFT (Dong et al. 2023, arXiv:2304.06767); with `above` also ReST (Gulcehre et al. 2023, arXiv:2308.08998).
     """
 
     rolls_out = True
+    imitates = True
+    windowed = True
 
-    def __init__(self, parts: Parts, ppo: PPOConfig, best: int = 1, above: float | None = None):
+    def __init__(
+        self, parts: Parts, ppo: PPOConfig, sampling: SamplingConfig, best: int = 1, above: float | None = None
+    ):
         super().__init__(parts)
+        self.searches = not sampling.search.is_policy
         self.best, self.above, self.samples_per_prompt = best, above, ppo.samples_per_prompt
 
     @classmethod
@@ -188,7 +195,7 @@ class RAFT(Objective[Rollout]):
             raise InputError(f"best must be at least 1, got {settings['best']}")
 
     def check(self) -> None:
-        if self.above is None and self.best >= self.samples_per_prompt:
+        if self.above is None and self.best >= self.samples_per_prompt and not self.searches:
             raise InputError(
                 f"objective {self.name!r} imitates the best {self.best} of ppo.samples_per_prompt = "
                 f"{self.samples_per_prompt} responses, which are all of them: raise ppo.samples_per_prompt, or set "
@@ -207,8 +214,8 @@ class RAFT(Objective[Rollout]):
         return partial(self._loss, num_tokens=whole.num_tokens)
 
     def _loss(self, part: Rollout, num_tokens: int) -> Loss:
-        backbone = self.parts.policy.backbone
-        hidden = backbone(part.input_ids, part.attention_mask)
-        stats = response_stats(backbone, hidden, part.input_ids, part.mask, temperature=part.temperature)
+        policy = self.parts.policy
+        out = policy(part.input_ids, part.attention_mask, window=part.window, length=part.mask.shape[1])
+        stats = response_stats(policy.backbone, out.hidden, part.input_ids, part.mask, temperature=part.temperature)
         assert stats.logprob is not None
         return sft_loss(stats.logprob, part.mask, num_tokens=num_tokens)

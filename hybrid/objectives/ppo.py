@@ -23,6 +23,7 @@ class PPO(Objective[Rollout]):
     """The clipped surrogate on a minibatch of the step's rollout, without dropout: the ratios compare log-probs."""
 
     rolls_out = True
+    windowed = True
     dropout = False
 
     def __init__(self, parts: Parts, ppo: PPOConfig, kl: KLConfig):
@@ -83,7 +84,7 @@ def ppo_batch_loss(
         raise ValueError("ppo_batch_loss: the rollout has no advantages; call with_advantages(rollout, config) first")
     mask = rollout.mask
     divisors = divisors or Divisors.of(rollout, config)
-    out = policy(rollout.input_ids, rollout.attention_mask)
+    out = policy(rollout.input_ids, rollout.attention_mask, window=rollout.window, length=mask.shape[1])
     # The entropy's gradient costs a pass over the vocabulary: asked for only where it enters the loss.
     want = ("logprob", "entropy") if config.entropy_coef else ("logprob",)
     stats = response_stats(

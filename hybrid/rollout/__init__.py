@@ -1,15 +1,22 @@
 """Rollouts: sample responses, score them, assemble what PPO learns from."""
 
-from hybrid.rollout.collect import CollectOptions, ScoreConfig, assemble, collect, respond, response_texts
+from hybrid.rollout.asked import Asked
+from hybrid.rollout.collect import CollectOptions, ScoreConfig, assemble, collect
+from hybrid.rollout.decoder import Decoder, decoder_class, decoder_names, make_decoder, register_decoder
 from hybrid.rollout.engine import Engine, RolloutConfig
+from hybrid.rollout.judge import response_texts
 from hybrid.rollout.kl import KLConfig, KLKind, kl_controller
 from hybrid.rollout.lists import Ids, from_lists
 from hybrid.rollout.opponent import NamedModel, PastPolicy
-from hybrid.rollout.sample import Responses, sample
+from hybrid.rollout.respond import respond
+from hybrid.rollout.responses import Responses
+from hybrid.rollout.sample import sample
 from hybrid.rollout.sampling import SamplingConfig
 
 __all__ = [
+    "Asked",
     "CollectOptions",
+    "Decoder",
     "Engine",
     "Ids",
     "KLConfig",
@@ -22,8 +29,12 @@ __all__ = [
     "ScoreConfig",
     "assemble",
     "collect",
+    "decoder_class",
+    "decoder_names",
     "from_lists",
     "kl_controller",
+    "make_decoder",
+    "register_decoder",
     "respond",
     "response_texts",
     "sample",

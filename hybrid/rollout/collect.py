@@ -9,18 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from hybrid.core import Batch, Encoded, InputError, Rollout, by_length, enough_memory, extents, used_columns
-from hybrid.data import filler_id, left_pad
 from hybrid.functional import kl_estimate, masked_sum, masked_whiten, token_reward
 from hybrid.models import Backbone, Policy, Reference, before_response, response_stats
 from hybrid.rewards import AllSkipped, Reward, RewardOutput
+from hybrid.rollout.decoder import Decoder
 from hybrid.rollout.engine import Engine
 from hybrid.rollout.gap import check_sampling_gap
+from hybrid.rollout.judge import judged
 from hybrid.rollout.kl import KLKind
-from hybrid.rollout.sample import Responses
+from hybrid.rollout.respond import respond
+from hybrid.rollout.responses import Responses
 from hybrid.rollout.sampling import SamplingConfig
-from hybrid.rollout.stop import before_stop, stop_rule
 
-__all__ = ["CollectOptions", "ScoreConfig", "assemble", "collect", "respond", "response_texts", "shaped_score"]
+__all__ = ["CollectOptions", "ScoreConfig", "assemble", "collect", "shaped_score"]
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,11 @@ def collect(
         backbone.fit_vocabulary(tokenizer)
     with enough_memory("sampling", "Lower ppo.batch_size or sampling.max_new_tokens, or set model.precision=bfloat16"):
         prompt_ids, prompt_mask, responses = respond(
-            engine or Engine(policy), asked,
-            tokenizer=tokenizer, sampling=sampling, generator=generator, samples_per_prompt=samples_per_prompt,
+            engine or Engine(policy), asked, tokenizer=tokenizer, sampling=sampling, generator=generator,
+            samples_per_prompt=samples_per_prompt, reward=reward,
         )  # fmt: skip
     generated = time.perf_counter()
-    texts, scores = _judged(reward, examples, responses, tokenizer, sampling)
+    texts, scores = judged(reward, examples, responses, tokenizer, sampling)
     kept = _rows_with_a_score(scores, reward)
     scored = time.perf_counter()
     with enough_memory("scoring a rollout", "Lower ppo.microbatch_size, or ppo.minibatch_size where that is not set"):
@@ -103,6 +104,7 @@ def collect(
             # Of a greedy response there is no distribution: its log-probs are the model's own.
             temperature=sampling.temperature or 1.0,
             group=torch.tensor([i // samples_per_prompt for i in kept], device=prompt_ids.device),
+            decoder=sampling.search,
             **options,
         )  # fmt: skip
     if not allow_gap:
@@ -114,7 +116,7 @@ def collect(
         targets=tuple(examples[i].target for i in kept),
         examples=tuple(examples[i] for i in kept),
         components={name: tuple(values[i] for i in kept) for name, values in scores.components.items()},
-        reward_metrics=scores.metrics(),
+        reward_metrics=scores.metrics() | {f"decoder/{name}": x for name, x in responses.metrics.items()},
         seconds={
             "generate": generated - start,
             "reward": scored - generated,
@@ -123,71 +125,11 @@ def collect(
     )
 
 
-def _judged(
-    reward: Reward, examples: Sequence[Encoded], responses: Responses, tokenizer: Any, sampling: SamplingConfig
-) -> tuple[list[str], RewardOutput]:
-    """The responses as texts, behind the hints of their examples, and their scores."""
-    hints = [e.prompt_ids[len(e.prompt_ids) - e.num_hint :] for e in examples]
-    texts = response_texts(tokenizer, responses, hints, stop=sampling.stop)
-    reward.before_score(examples, sampling)
-    # A bare prompt comes from no row, and so has no target; a row's may be the empty text.
-    targets = [e.target if e.target or e.item else None for e in examples]
-    return texts, reward.score(texts, targets, [e.prompt for e in examples], [e.item for e in examples])
-
-
 def _rows_with_a_score(scores: RewardOutput, reward: Reward) -> list[int]:
     kept = [i for i, valid in enumerate(scores.valid.tolist()) if valid]
     if not kept:
         raise AllSkipped(f"reward {reward.component_name!r} skipped all {len(scores)} responses of a rollout")
     return kept
-
-
-def respond(
-    engine: Engine,
-    examples: Sequence[Encoded],
-    *,
-    tokenizer: Any,
-    sampling: SamplingConfig,
-    generator: torch.Generator | None = None,
-    samples_per_prompt: int = 1,
-) -> tuple[Tensor, Tensor, Responses]:
-    """Answer the examples' prompts, without dropout: (prompt_ids (B, P), prompt_mask (B, P), responses).
-
-    Each prompt stands there as often as it is answered.
-    """
-    backbone, pad_id = engine.policy.backbone, filler_id(tokenizer)
-    prompt_ids, prompt_mask = left_pad([e.prompt_ids for e in examples], pad_id=pad_id)
-    sampling.check_room(int(prompt_mask.sum(1).max()), backbone.context_length)
-    prompt_ids, prompt_mask = prompt_ids.to(backbone.device), prompt_mask.to(backbone.device)
-    responses = engine.generate(
-        prompt_ids, prompt_mask, sampling,
-        eos_ids=backbone.eos_ids(tokenizer), pad_id=pad_id, repeats=samples_per_prompt, generator=generator,
-        is_over=stop_rule(tokenizer, sampling.stop),
-    )  # fmt: skip
-    times = samples_per_prompt
-    return prompt_ids.repeat_interleave(times, 0), prompt_mask.repeat_interleave(times, 0), responses
-
-
-def response_texts(
-    tokenizer: Any,
-    responses: Responses,
-    hints: Sequence[Sequence[int]] | None = None,
-    *,
-    stop: Sequence[str] = (),
-) -> list[str]:
-    """What the rewards read: each response, behind its hint where hints are given, without padding and specials.
-
-    hints: ids, one list for each response, decoded together with it.   stop: a text ends before any of these.
-    """
-    rows = [ids[mask].tolist() for ids, mask in zip(responses.ids, responses.mask, strict=True)]
-    fronts = [[]] * len(rows) if hints is None else hints
-    texts: list[str] = tokenizer.batch_decode(
-        [[*f, *row] for f, row in zip(fronts, rows, strict=True)], skip_special_tokens=True
-    )
-    if not stop:
-        return texts
-    begins = [len(text) for text in tokenizer.batch_decode(fronts, skip_special_tokens=True)]
-    return [before_stop(text, stop, begin) for text, begin in zip(texts, begins, strict=True)]
 
 
 @torch.no_grad()
@@ -206,12 +148,15 @@ def assemble(
     minibatch_size: int | None = None,
     microbatch_size: int | None = None,
     group: Tensor | None = None,
+    decoder: Decoder | None = None,
 ) -> Rollout:
     """The rollout of responses that are already there: old log-probs, values, reference log-probs, KL, rewards.
 
     prompt_ids, prompt_mask: (B, P), left-padded.   scores: (B,), or (B, T) for a score per token.
     group: (B,) int64, equal where the rows answer the same prompt; None: where their prompts have the same tokens.
+    decoder: what found the responses, whose window the log-probs have; None: they were drawn.
     """
+    window = None if decoder is None else decoder.policy_window
     policy.eval()
     input_ids = torch.cat([prompt_ids, responses.ids], 1)
     attention_mask = torch.cat([prompt_mask.bool(), responses.mask], 1)
@@ -227,7 +172,7 @@ def assemble(
         # What only padding is in goes through no forward.
         start, end = used_columns(used[:, rows], prompt)
         columns = input_ids[rows, start:end], attention_mask[rows, start:end], responses.mask[rows, : end - prompt]
-        scored = _scored(policy, references, *columns, temperature, kl_kind)
+        scored = _scored(policy, references, *columns, temperature, kl_kind, window)
         parts.append({name: nn.functional.pad(x, (0, total - end)) for name, x in scored.items()})
     back = torch.cat(groups).argsort().to(input_ids.device)
     # Each part's tensors end in (rows, T); references, where there are any, stand in front.
@@ -252,6 +197,8 @@ def assemble(
         temperature=temperature,
         group=prompt_groups(prompt_ids, prompt_mask) if group is None else group,
         sampling_logprob=responses.logprob,
+        decoder="sample" if decoder is None else decoder.name,
+        window=window,
         **stats,
     )
 
@@ -291,9 +238,11 @@ def _scored(
     mask: Tensor,
     temperature: float,
     kl_kind: KLKind,
+    window: int | None,
 ) -> dict[str, Tensor]:
     """Some rows under the policy and every reference: each (B, T), ref_logprob (R, B, T)."""
-    out = policy(input_ids, attention_mask)
+    seen: dict[str, Any] = {"window": window, "length": mask.shape[1]}
+    out = policy(input_ids, attention_mask, **seen)
     stats = response_stats(
         policy.backbone, out.hidden, input_ids, mask, temperature=temperature, want=("logprob", "entropy")
     )
@@ -301,7 +250,7 @@ def _scored(
     kl = torch.zeros_like(stats.logprob)
     ref_logprobs = []
     for reference in references:
-        ref_hidden = reference.hidden(input_ids, attention_mask)
+        ref_hidden = reference.hidden(input_ids, attention_mask, **seen)
         ref_logprob = reference.response_logprob(ref_hidden, input_ids, mask, temperature=temperature)
         ref_logprobs.append(ref_logprob)
         if kl_kind == "full":

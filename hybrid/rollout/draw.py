@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["draw"]
+__all__ = ["draw", "truncated"]
 
 # Tokens whose probabilities are added up before the search, which then looks into one such block.
 _BLOCK = 256
@@ -25,7 +25,7 @@ def draw(
     """
     if temperature == 0:
         return logits.argmax(-1), logits.new_zeros(len(logits))
-    z = _truncated(logits if temperature == 1 else logits / temperature, top_k, top_p)
+    z = truncated(logits if temperature == 1 else logits / temperature, top_k, top_p)
     z = z - z.amax(-1, keepdim=True)
     p = z.exp()
     summed = _block_sums(p, uniform.dtype).cumsum(-1)  # (B, blocks)
@@ -59,7 +59,7 @@ def _found(summed: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return place, target - before
 
 
-def _truncated(z: Tensor, top_k: int, top_p: float) -> Tensor:
+def truncated(z: Tensor, top_k: int, top_p: float) -> Tensor:
     """The logits, -inf where they are not among the top_k likeliest, or the fewest that hold top_p."""
     if 0 < top_k < z.shape[-1]:
         z = z.masked_fill(z < z.topk(top_k).values[:, -1:], -torch.inf)

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from hybrid.functional import autocast_dtype
 from hybrid.models import Backbone, Policy, Shadow
-from hybrid.rollout.decode import Graphs
-from hybrid.rollout.sample import Responses, sample
+from hybrid.rollout.responses import Responses
+from hybrid.rollout.sample import sample
 from hybrid.rollout.sampling import SamplingConfig
+from hybrid.rollout.steps import Graphs
 
 __all__ = ["Engine", "RolloutConfig"]
 
@@ -45,15 +46,22 @@ class Engine:
         repeats: int = 1,
         generator: torch.Generator | None = None,
         is_over: Callable[[Sequence[int]], bool] | None = None,
+        begun: Responses | None = None,
+        limit: int | None = None,
     ) -> Responses:
-        """`repeats` responses to each prompt, without dropout; see `sample`."""
+        """`repeats` responses to each prompt, without dropout; see `sample`.
+
+        What goes on with `begun` responses is of another shape each time: no steps are kept for it.
+        """
         self.policy.eval()
         return sample(
-            self._backbone(), prompt_ids, prompt_mask, sampling, eos_ids=eos_ids, pad_id=pad_id, repeats=repeats,
-            generator=generator, is_over=is_over, graphs=self._fixed_steps(),
+            self.backbone(), prompt_ids, prompt_mask, sampling, eos_ids=eos_ids, pad_id=pad_id, repeats=repeats,
+            generator=generator, is_over=is_over, graphs=self._fixed_steps() if begun is None else None,
+            begun=begun, limit=limit,
         )  # fmt: skip
 
-    def _backbone(self) -> Backbone:
+    def backbone(self) -> Backbone:
+        """What tokens are drawn from: the policy's, or its shadow with the weights as they are now."""
         backbone = self.policy.backbone
         dtype = autocast_dtype(backbone.device)
         if not self.config.shadow or dtype is None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hybrid.core import InputError
 from hybrid.data import left_pad
-from hybrid.rollout.sample import Responses
+from hybrid.rollout.responses import Responses
 
 __all__ = ["Ids", "from_lists"]
 

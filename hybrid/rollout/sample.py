@@ -1,7 +1,6 @@
 """Batched sampling from a policy."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,32 +8,14 @@ from torch import Tensor
 
 from hybrid.core import RunStopped
 from hybrid.models import Backbone
-from hybrid.rollout.decode import Decoding, EagerSteps, Ends, FixedSteps, Graphs
+from hybrid.rollout.responses import Responses
 from hybrid.rollout.sampling import SamplingConfig
+from hybrid.rollout.steps import Decoding, EagerSteps, Ends, FixedSteps, Graphs, Steps
 
-__all__ = ["Responses", "sample"]
+__all__ = ["decoded", "sample"]
 
 # Tokens between two looks at whether any row still goes on: on a GPU a look waits for all that was asked of it.
 LOOK_EVERY = 8
-
-
-@dataclass(frozen=True)
-class Responses:
-    """ids: (B, T) int64, right-padded.   mask: (B, T) bool, up to and including the first EOS, or the token that
-        completes a stop string.
-    ended: (B,) bool, whether one of these came.
-    logprob: (B, T) float32, of each token under the very distribution it was drawn from, 0 outside the mask; None
-        where that is not known."""
-
-    ids: Tensor
-    mask: Tensor
-    ended: Tensor
-    logprob: Tensor | None = None
-
-    def of(self, rows: Sequence[int]) -> "Responses":
-        """Some of the rows."""
-        logprob = None if self.logprob is None else self.logprob[rows]
-        return Responses(self.ids[rows], self.mask[rows], self.ended[rows], logprob)
 
 
 @torch.no_grad()
@@ -50,6 +31,8 @@ def sample(
     generator: torch.Generator | None = None,
     is_over: Callable[[Sequence[int]], bool] | None = None,
     graphs: Graphs | None = None,
+    begun: Responses | None = None,
+    limit: int | None = None,
 ) -> Responses:
     """Draw `repeats` responses for each prompt, which stand together; the prompt is read once.
 
@@ -60,6 +43,8 @@ def sample(
         responses can need, however soon they end.
     is_over: whether a response ends with the last of its ids so far (`stop_rule`), beside those that EOS ends.
     graphs: decode by steps of fixed shape, which it keeps; None: by a cache that grows. The same numbers to rounding.
+    begun: what each prompt's last tokens are of its response, which is gone on with; what is returned comes after that.
+    limit: draw no more tokens than this; None: `config.max_new_tokens`.
     The caller switches dropout off (`policy.eval()`).
     Raises RunStopped where the logits are not finite.
     """
@@ -74,14 +59,31 @@ def sample(
         cache = _for_rows(backbone, prompt_ids, prompt_mask, cache, seen + config.max_new_tokens, repeats)
         state = Decoding(config, ends, num_rows, seen + config.max_new_tokens, prompt_ids.device)
         steps = EagerSteps(backbone, state, cache, seen)
+    steps.state.begin(prompt_mask.repeat_interleave(repeats, 0), generator, None if begun is None else begun.lengths)
+    return decoded(steps, logits, is_over=is_over, begun=begun, limit=limit)
+
+
+def decoded(
+    steps: Steps,
+    logits: Tensor,
+    *,
+    is_over: Callable[[Sequence[int]], bool] | None = None,
+    begun: Responses | None = None,
+    limit: int | None = None,
+) -> Responses:
+    """The responses whose first tokens are drawn from `logits`, (B, V), and whose others `steps` takes.
+
+    steps: behind prompts, its state just begun.   The others: see `sample`.
+    """
     state = steps.state
-    state.begin(prompt_mask.repeat_interleave(repeats, 0), generator)
+    last = min(limit or state.how.max_new_tokens, state.how.max_new_tokens)
+    before = [[]] * len(logits) if begun is None else begun.lists()
     state.take(logits)
-    every = LOOK_EVERY if prompt_ids.is_cuda and is_over is None else 1
-    for count in range(1, config.max_new_tokens + 1):
+    every = LOOK_EVERY if logits.is_cuda and is_over is None else 1
+    for count in range(1, last + 1):
         if is_over is not None:
-            _end(state, count, is_over)
-        if count == config.max_new_tokens or (count % every == 0 and not _goes_on(state)):
+            _end(state, count, is_over, before)
+        if count == last or (count % every == 0 and not _goes_on(state)):
             break
         steps()
     _check_finite(state)
@@ -103,10 +105,10 @@ def _for_rows(backbone: Backbone, prompt_ids: Tensor, prompt_mask: Tensor, cache
     return backbone.next_logits(*rows)[1]
 
 
-def _end(state: Decoding, count: int, is_over: Callable[[Sequence[int]], bool]) -> None:
-    """Stop the rows whose ids so far end a response."""
-    so_far = state.ids[:, :count].tolist()
-    over = [going and is_over(row) for going, row in zip(state.running.tolist(), so_far, strict=True)]
+def _end(state: Decoding, count: int, is_over: Callable[[Sequence[int]], bool], before: Sequence[list[int]]) -> None:
+    """Stop the rows whose ids so far end a response. before: those of each that were there first."""
+    rows = zip(state.running.tolist(), before, state.ids[:, :count].tolist(), strict=True)
+    over = [going and is_over(first + row) for going, first, row in rows]
     state.running &= ~torch.tensor(over, device=state.running.device)
 
 

@@ -1,8 +1,10 @@
 """How responses are drawn, as a config says it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from hybrid.core import InputError
+from hybrid.rollout.decoder import Decoder, make_decoder
 
 __all__ = ["SamplingConfig"]
 
@@ -22,6 +24,8 @@ class SamplingConfig:
     top_k: int = 0  # draw from the k likeliest tokens; 0: all
     top_p: float = 1.0  # draw from the smallest set of tokens with this much probability; 1: all
     stop: tuple[str, ...] = ()  # texts that end a response, as EOS does; rewards read what stands before them
+    # How a response is searched for: a type and its own keys (docs/decoding.md), or a Decoder.
+    decoder: Any = field(default_factory=lambda: {"type": "sample"}, hash=False)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -40,6 +44,19 @@ class SamplingConfig:
         object.__setattr__(self, "stop", tuple(self.stop))
         if not 0 < self.top_p <= 1:
             raise ValueError(f"SamplingConfig.top_p must lie in (0, 1], got {self.top_p}")
+        made = make_decoder(self.decoder)
+        made.check_sampling(self)
+        object.__setattr__(self, "_decoder", made)
+        object.__setattr__(self, "decoder", dict(self.decoder) if made is not self.decoder else made.spec())
+
+    @property
+    def search(self) -> Decoder:
+        """The decoder, made."""
+        return vars(self)["_decoder"]
+
+    def drawing(self) -> "SamplingConfig":
+        """The same, with every token simply drawn."""
+        return self if self.search.name == "sample" else replace(self, decoder={"type": "sample"})
 
     @property
     def is_truncated(self) -> bool:

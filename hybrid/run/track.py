@@ -310,12 +310,12 @@ class _Console:
         if phase == "eval":
             names = [name for name in row if name in SHOWN or _is_shown_of_objective(name)]
             # While a progress line is up, rich prints this above it.
-            print(self._line(step, phase, {name: row[name] for name in names}), flush=True)
+            print(self._line(step, phase, {name: row[name] for name in names} | _of_decoder(row)), flush=True)
             return
         if self.first_step is None:
             self.first_step = step
         keys = {"reward": "reward", "kl": "kl", **losses, "accuracy": "accuracy"}
-        self.last |= {name: row[key] for name, key in keys.items() if key in row}
+        self.last |= {name: row[key] for name, key in keys.items() if key in row} | _of_decoder(row)
         line = self._line(step, phase, self.last)
         if self.progress is not None:
             self.progress.update(self.progress.task_ids[0], completed=step, description=line)
@@ -337,6 +337,11 @@ class _Console:
     def _seconds_left(self, step: int, total_steps: int) -> float:
         done = step - (self.first_step or step) + 1
         return (time.monotonic() - self.start) / done * max(0, total_steps - step)
+
+
+def _of_decoder(row: Mapping[str, Any]) -> dict[str, float]:
+    """What the decoder says of itself, by its own names: "acceptance_rate" of "decoder/acceptance_rate"."""
+    return {name.removeprefix("decoder/"): x for name, x in row.items() if name.startswith("decoder/")}
 
 
 def _is_shown_of_objective(name: str) -> bool:

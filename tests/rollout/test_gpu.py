@@ -7,7 +7,7 @@ from tiny import WIDE, tiny_model
 from hybrid.data import left_pad
 from hybrid.models import Backbone, Policy
 from hybrid.rollout import Engine, RolloutConfig, SamplingConfig, sample
-from hybrid.rollout.decode import Graphs
+from hybrid.rollout.steps import Graphs
 
 pytestmark = [
     pytest.mark.gpu,

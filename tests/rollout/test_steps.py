@@ -7,8 +7,8 @@ from tiny import FAMILIES, WIDE, tiny_model
 from hybrid.data import left_pad
 from hybrid.models import Backbone, takes_fixed_cache
 from hybrid.rollout import SamplingConfig, sample
-from hybrid.rollout.decode import Graphs
 from hybrid.rollout.draw import draw
+from hybrid.rollout.steps import Graphs
 
 EOS = 2
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]]

@@ -3,7 +3,7 @@
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from hybrid.models import Backbone, takes_fixed_cache
 from hybrid.rollout.draw import draw
 from hybrid.rollout.sampling import SamplingConfig
 
-__all__ = ["Decoding", "EagerSteps", "Ends", "FixedSteps", "Graphs"]
+__all__ = ["Decoding", "EagerSteps", "Ends", "FixedSteps", "Graphs", "Steps"]
 
 # A captured graph serves all prompts whose tokens and responses fit into its room, a multiple of this.
 BUCKET = 64
@@ -33,6 +33,7 @@ class Decoding:
     mask: (B, room) bool, true on what a next token may see, written or not yet.   new: (B, 1), the tokens that came
     last.   position_ids: (B, 1), theirs.   count: (), how many came.
     ids, taken, logprob: (B, N), as in `Responses`.   running: (B,), whether a row goes on.
+    begun: (B, 1), tokens that a response had before.
     broken_at: (), the first token whose logits were not finite; N: none.
     """
 
@@ -44,6 +45,7 @@ class Decoding:
         self.position_ids = torch.zeros_like(self.new)
         self.count = torch.zeros((), dtype=torch.long, device=device)
         self.broken_at = torch.zeros_like(self.count)
+        self.begun = torch.zeros_like(self.new)
         self.ids = torch.zeros(num_rows, length, dtype=torch.long, device=device)
         self.taken = torch.zeros_like(self.ids, dtype=torch.bool)
         self.logprob = torch.zeros(num_rows, length, device=device)
@@ -51,11 +53,15 @@ class Decoding:
         exact = torch.float32 if device.type == "mps" else torch.float64  # it has no other
         self.uniform = torch.zeros(length, num_rows, dtype=exact, device=device)
 
-    def begin(self, prompt_mask: Tensor, generator: torch.Generator | None) -> None:
-        """Start anew behind prompts, (B, P), with all the random numbers that their responses can need."""
+    def begin(self, prompt_mask: Tensor, generator: torch.Generator | None, begun: Tensor | None = None) -> None:
+        """Start anew behind prompts, (B, P), with all the random numbers that their responses can need.
+
+        begun: (B,), how many tokens of a response stand at the prompt's end already; None: none.
+        """
         self.mask.fill_(True)[:, : prompt_mask.shape[1]] = prompt_mask
         self.position_ids.copy_(prompt_mask.sum(1, keepdim=True) - 1)
         self.count.zero_()
+        self.begun.zero_() if begun is None else self.begun.copy_(begun.unsqueeze(1))
         self.broken_at.fill_(self.how.max_new_tokens)
         self.ids.fill_(self.pad_id)
         self.taken.zero_()
@@ -73,7 +79,7 @@ class Decoding:
         finite = logits.amax(-1).isfinite().all()  # the maximum is NaN where a logit is
         torch.where(finite, self.broken_at, torch.minimum(self.broken_at, self.count), out=self.broken_at)
         if how.min_new_tokens:
-            too_early = self.count < how.min_new_tokens
+            too_early = self.begun + self.count < how.min_new_tokens
             logits[:, self.eos] = torch.where(too_early, -torch.inf, logits[:, self.eos])
         token, logprob = draw(
             logits, self.uniform.index_select(0, at).squeeze(0),
@@ -87,6 +93,14 @@ class Decoding:
         self.new.copy_(token.unsqueeze(1))
         self.position_ids += 1
         self.count += 1
+
+
+class Steps(Protocol):
+    """Responses under way: a call is one token more for each."""
+
+    state: Decoding
+
+    def __call__(self) -> None: ...
 
 
 class EagerSteps:

@@ -1,0 +1,1 @@
+"""The decoders, one a file: the name that `sampling.decoder` gives, and how it answers."""
