@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -66,9 +67,9 @@ class TBPTT(Objective[Windows]):
 
         loss = -(1 / tokens) sum over streams and t of log p(x_t | x_{<t});    the state before the window is a constant
 
-    All training texts, shuffled anew in each epoch, are one row of tokens, cut into `streams` parts of one length that
-    are read side by side, `window` tokens an update. The state starts anew with each text and each epoch. What remains
-    at the end of the parts is left out of that epoch. Place and state are in the checkpoints.
+    All training texts, prompts too, are one row of tokens, shuffled anew in each epoch and cut into `streams` parts of
+    one length that are read side by side, `window` tokens an update. The state starts anew with each text and each
+    epoch. What remains at the end of the parts is left out of that epoch. Place and state are in the checkpoints.
     An update predicts `streams` times `window` tokens, but for each text's first.
     Raises InputError where the policy is none of `hybrid.models.recurrent`, and where the texts are too short.
     Source: Williams & Peng 1990, "An efficient gradient-based algorithm for on-line training of recurrent network
@@ -93,12 +94,13 @@ class TBPTT(Objective[Windows]):
 
     @classmethod
     def check_settings(cls, **settings: Any) -> None:
-        for name, value in settings.items():
-            if value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
+        # In 2 tokens not both can be a text's first: there is always one to predict.
+        for name, least in (("streams", 1), ("window", 2)):
+            if settings.get(name, least) < least:
+                raise ValueError(f"{name} must be >= {least}, got {settings[name]}")
 
     def rows(self) -> Iterator[Windows]:
-        self._length()
+        self.check()
         while True:
             yield self._next()
 
@@ -110,9 +112,12 @@ class TBPTT(Objective[Windows]):
         return Windows(batch, torch.arange(len(batch), device=batch.input_ids.device))
 
     def check(self) -> None:
-        """Refuse, before a run's first step, texts without a trained token or too short for one window."""
-        self._length()
-        super().check()
+        """Refuse, before a run's first step, texts that are too short for one window."""
+        if not self._num_windows:
+            raise InputError(
+                f"objective 'tbptt': the training data have {self._num_tokens} tokens, too few for {self.streams} "
+                f"streams with a window of {self.window} each; lower objectives.tbptt.streams or .window"
+            )
 
     def loss_of(self, whole: Windows) -> Callable[[Windows], Loss]:
         backbone, before, num_tokens = self.parts.policy.backbone, self._before, whole.num_tokens
@@ -150,7 +155,7 @@ class TBPTT(Objective[Windows]):
                 x[streams] = new.detach()
 
     def _next(self) -> Windows:
-        epoch, number = divmod(self.position, self._length())
+        epoch, number = divmod(self.position, self._num_windows)
         # Windows that nothing was learnt from have left no state: what follows starts anew.
         self._before, self._after = (self._after if number else None), None
         self.position += 1
@@ -162,16 +167,14 @@ class TBPTT(Objective[Windows]):
             self.parts.policy.device
         )
 
-    def _length(self) -> int:
-        """Windows of an epoch."""
-        num_tokens = sum(len(example.input_ids) for example in self.parts.loader.examples)
-        windows = (num_tokens - 1) // self.streams // self.window
-        if not windows:
-            raise InputError(
-                f"objective 'tbptt': the training data have {num_tokens} tokens, too few for {self.streams} streams "
-                f"with a window of {self.window} each; lower objectives.tbptt.streams or .window"
-            )
-        return windows
+    @cached_property
+    def _num_tokens(self) -> int:
+        return sum(len(example.input_ids) for example in self.parts.loader.examples)
+
+    @property
+    def _num_windows(self) -> int:
+        """Of an epoch."""
+        return (self._num_tokens - 1) // self.streams // self.window
 
     def _epoch(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """All tokens in the epoch's order, their labels, and the number of the text that each is of: (N,) each."""
@@ -179,8 +182,8 @@ class TBPTT(Objective[Windows]):
             loader = self.parts.loader
             order = random.Random(f"{loader.seed}/tbptt/{epoch}").sample(loader.examples, len(loader.examples))
             ids = torch.tensor([token for e in order for token in e.input_ids])
-            # Nothing predicts a text's first token.
-            labels = torch.tensor([label for e in order for label in (IGNORE, *e.labels[1:])])
+            # All of a text is trained but its first token, which nothing predicts.
+            labels = torch.tensor([label for e in order for label in (IGNORE, *e.input_ids[1:])])
             texts = torch.repeat_interleave(torch.tensor([len(e.input_ids) for e in order]))
             self._texts = epoch, ids, labels, texts
         return self._texts[1:]

@@ -134,7 +134,7 @@ def test_epochs_are_shuffled_anew_and_start_from_no_state(tokenizer):
     epochs = []
     for _ in range(2):
         ids = []
-        for number in range(objective._length()):
+        for number in range(objective._num_windows):
             windows = next(rows)
             assert (objective._before is None) == (number == 0)
             nll(trainer, windows)
@@ -179,5 +179,6 @@ def test_what_cannot_be_carried_is_refused(tokenizer):
         learner(tokenizer, cell="llama").objectives["tbptt"]
     with pytest.raises(InputError, match="have 41 tokens, too few for 8 streams with a window of 64"):
         next(learner(tokenizer, streams=8, window=64).objectives["tbptt"].rows())
-    with pytest.raises(InputError, match=r"tbptt: .*streams must be >= 1, got 0"):
-        learner(tokenizer, streams=0)
+    for setting, message in (({"streams": 0}, "streams must be >= 1, got 0"), ({"window": 1}, "window must be >= 2")):
+        with pytest.raises(InputError, match=f"objectives.tbptt: {message}"):
+            learner(tokenizer, **setting)

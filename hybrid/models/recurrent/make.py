@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from hybrid.core import InputError
+from hybrid.core import InputError, no_progress_bars
 
 __all__ = ["new"]
 
@@ -42,6 +42,7 @@ def new(folder: str | Path, tokenizer: Any, *, cell: str = "lstm", seed: int = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = RecurrentForCausalLM(config)
-    model.save_pretrained(folder)
+    with no_progress_bars():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
