@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 
 from .by_time import by_time
 from .configuration_recurrent import RecurrentConfig
-from .memory_slots import Memory, empty_memory, interface_size, memory_step
+from .memory_slots import Memory, empty_memory, interface_size, memory_step, started
 
 __all__ = ["RecurrentForCausalLM", "RecurrentModel", "RecurrentOutput", "RecurrentState"]
 
@@ -102,6 +102,10 @@ class KernelLayer(GradientCheckpointingLayer):
         return out.data, tuple(s.squeeze(0) for s in (after if self.has_cell_state else (after,)))
 
 
+class Interface(nn.Linear):
+    """From a cell's h to what `memory_step` takes. Begins as `started` says."""
+
+
 class SlotLayer(GradientCheckpointingLayer):
     """A cell that reads and writes an external memory at every token: [x; last read] -> h, then the memory's step.
 
@@ -113,7 +117,7 @@ class SlotLayer(GradientCheckpointingLayer):
         size, self.num_slots, self.width = config.hidden_size, config.memory_slots, config.memory_width
         self.has_cell_state = config.cell == "lstm"
         self.cell: Any = (nn.LSTMCell if self.has_cell_state else nn.GRUCell)(size + self.width, size)
-        self.interface = nn.Linear(size, interface_size(self.width))
+        self.interface = Interface(size, interface_size(self.width))
         self.value = nn.Linear(self.width, size, bias=False)
 
     def fresh(self, num_rows: int, like: Tensor) -> LayerState:
@@ -163,13 +167,20 @@ class RecurrentPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Cells as torch begins them, uniform in +-1 / sqrt(D), but with the LSTM's forget gate open: a bias of 1.
+        """Cells as `_init_cell`, the memory's interface as `started`, all else from N(0, `initializer_range`^2)."""
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            self._init_cell(module)
+            return
+        super()._init_weights(module)
+        if isinstance(module, Interface):
+            for parameter, start in zip((module.weight, module.bias), started(module.weight), strict=True):
+                init.copy_(parameter, start)
+
+    def _init_cell(self, module: Any) -> None:
+        """Uniform in +-1 / sqrt(D), as torch does, but with the LSTM's forget gate open: a bias of 1.
 
         Source of the bias: Jozefowicz et al. 2015, "An empirical exploration of recurrent network architectures".
         """
-        if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-            super()._init_weights(module)
-            return
         size = module.hidden_size
         for name, parameter in module.named_parameters():
             if "weight" in name:

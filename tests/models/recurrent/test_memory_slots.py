@@ -3,7 +3,15 @@
 import recurrent_loops
 import torch
 
-from hybrid.models.recurrent.memory_slots import Memory, addressed, cosine, empty_memory, interface_size, memory_step
+from hybrid.models.recurrent.memory_slots import (
+    Memory,
+    addressed,
+    cosine,
+    empty_memory,
+    interface_size,
+    memory_step,
+    started,
+)
 
 WIDTH, SLOTS = 3, 5
 STAY = torch.tensor([[0.0, 1.0, 0.0]], dtype=torch.float64)
@@ -14,7 +22,7 @@ def numbers(rows=2, seed=0):
     return 2 * torch.randn(rows, interface_size(WIDTH), generator=generator, dtype=torch.float64)
 
 
-def started(rows=2):
+def blank(rows=2):
     return empty_memory(rows, SLOTS, WIDTH, torch.zeros((), dtype=torch.float64))
 
 
@@ -33,7 +41,7 @@ def filled():
 
 
 def test_steps_are_the_papers_formulas_a_number_at_a_time():
-    memory, slow = started(), [([[0.0] * WIDTH] * SLOTS, *[[1.0] + [0.0] * (SLOTS - 1)] * 2, [0.0] * WIDTH)] * 2
+    memory, slow = blank(), [([[0.0] * WIDTH] * SLOTS, *[[1.0] + [0.0] * (SLOTS - 1)] * 2, [0.0] * WIDTH)] * 2
     for step in range(4):
         given = numbers(seed=step)
         memory = memory_step(given, memory)
@@ -46,7 +54,7 @@ def test_steps_are_the_papers_formulas_a_number_at_a_time():
 
 def test_weights_sum_to_one_and_have_a_gradient_from_the_first_step():
     given = numbers().requires_grad_()
-    memory = memory_step(given, started())
+    memory = memory_step(given, blank())
     torch.testing.assert_close(memory.read.sum(1), torch.ones(2, dtype=torch.float64))
     memory.value.square().sum().backward()
     assert given.grad.isfinite().all() and given.grad.abs().max() > 0
@@ -74,8 +82,26 @@ def test_an_empty_slot_is_like_no_key():
 
 def test_a_closed_gate_writes_nothing_and_an_open_one_does():
     given = numbers()
-    held = Memory(torch.randn(2, SLOTS, WIDTH, dtype=torch.float64), *started()[1:])
+    held = Memory(torch.randn(2, SLOTS, WIDTH, dtype=torch.float64), *blank()[1:])
     given[:, -1] = -50
     torch.testing.assert_close(memory_step(given, held).slots, held.slots)
     given[:, -1] = 50
     assert not torch.allclose(memory_step(given, held).slots, held.slots, atol=1e-2)
+
+
+def test_heads_begin_as_a_tape_that_is_looked_up_by_content():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(interface_size(8), 6, generator=generator, dtype=torch.float64)
+    states = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+    weight, bias = started(weight)
+    memory, last = empty_memory(1, 7, 8, bias), None
+    for state in states:
+        memory = memory_step((weight @ state * 0.1 + bias).unsqueeze(0), memory)
+        assert last is None or memory.write.argmax() == last + 1  # on by one slot a token
+        last = int(memory.write.argmax())
+    assert last == 4
+    # The key is what is added: a state finds the slot that was written in one like it.
+    assert torch.equal(weight[:8], weight[3 * 8 + 12 : 4 * 8 + 12])
+    slots = memory.slots[0, 1:5]
+    alike = torch.nn.functional.cosine_similarity((weight[:8] @ states.T).T.unsqueeze(1), slots.unsqueeze(0), dim=2)
+    assert alike.argmax(1).tolist() == [0, 1, 2, 3]

@@ -177,3 +177,15 @@ def test_a_mask_of_another_shape_and_two_kinds_of_input_are_refused(ids):
         model(ids, torch.ones(3, 9))
     with pytest.raises(ValueError, match="exactly one"):
         model(ids, inputs_embeds=torch.zeros(3, 7, 8))
+
+
+def test_weights_that_are_loaded_are_not_begun_anew(tmp_path):
+    model = RecurrentForCausalLM(RecurrentConfig(vocab_size=9, hidden_size=8, memory_slots=4, memory_width=3))
+    interface = model.model.layers[-1].interface
+    assert interface.bias[3] == 4.0 and torch.equal(interface.weight[:3], interface.weight[21:24])
+    with torch.no_grad():
+        interface.bias.fill_(7.0)
+        interface.weight[:3] = 1.0
+    model.save_pretrained(tmp_path)
+    again = RecurrentForCausalLM.from_pretrained(tmp_path).model.layers[-1].interface
+    assert torch.equal(again.bias, interface.bias) and torch.equal(again.weight, interface.weight)
