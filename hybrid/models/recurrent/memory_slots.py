@@ -54,7 +54,7 @@ def interface_size(width: int) -> int:
 def started(weight: Tensor) -> tuple[Tensor, Tensor]:
     """What a linear layer that makes the interface should begin with: its weight (`interface_size(W)`, D), and a bias.
 
-    The write head goes on by one slot a token and writes there, as on a tape; the read head looks by content, for
+    The write head goes on by one slot a token and writes there, as on a tape. The read head looks half by content, for
     what is written of a state like this one: its key begins as the same map as what is added.
     From zero biases and unlike maps associative recall was not learnt in 2000 updates, from these in 200
     (benchmarks/NOTES.md).
@@ -63,7 +63,7 @@ def started(weight: Tensor) -> tuple[Tensor, Tensor]:
     read, write, erase, add = 0, width + 6, 2 * width + 12, 3 * width + 12
     weight, bias = weight.clone(), weight.new_zeros(len(weight))
     weight[read : read + width] = weight[add : add + width]
-    bias[read + width], bias[read + width + 1] = 4.0, 2.0  # a strength of 4, the gate 88 % content
+    bias[read + width] = 4.0  # a strength of 4
     bias[write + width], bias[write + width + 1] = 4.0, -3.0  # 95 % where it was
     bias[write + width + 4] = 3.0  # 91 % of it a slot up
     bias[erase:add], bias[-1] = -2.0, 2.0  # little is erased, the gate open
