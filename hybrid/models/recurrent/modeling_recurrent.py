@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.generation import utils as generation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
@@ -349,6 +350,18 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
         if inputs_embeds is not None:
             seen -= inputs_embeds.shape[1]  # the prompt came without ids
         return given | {"input_ids": input_ids[:, seen:]}
+
+    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused (ValueError) by a transformers whose beams would go on in each other's states."""
+        search: Any = super()._beam_search  # type: ignore[misc]
+        # transformers 5.0 reorders what is called past_key_values, and nothing else.
+        reorders = "state" in generation.ALL_CACHE_NAMES and "ALL_CACHE_NAMES" in search.__code__.co_names
+        if kwargs.get("use_cache", True) and not reorders:
+            raise ValueError(
+                "this transformers does not reorder a recurrent model's state in beam search; take use_cache=False, or "
+                "a later transformers"
+            )
+        return search(*args, **kwargs)
 
     def _update_model_kwargs_for_generation(  # type: ignore[override]
         self, outputs: RecurrentOutput, model_kwargs: dict[str, Any], **kwargs: Any
