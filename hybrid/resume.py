@@ -128,6 +128,7 @@ def training_state(learner: Learner) -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "reward": {} if learner.reward is None else learner.reward.state_dict(),
+        "objectives": {name: of for name, made in learner.objectives.items() if (of := made.state_dict())},
         "num_steps": learner.num_steps,
         "data": learner.corpus.fingerprint,
     }
@@ -145,6 +146,9 @@ def load_training_state(learner: Learner, state: Mapping[str, Any]) -> None:
     learner.loaders.load_state_dict(state)
     if learner.reward is not None:
         learner.reward.load_state_dict(state["reward"])
+    # Checkpoints of version 0.1 have none.
+    for name, of in state.get("objectives", {}).items():
+        learner.objectives[name].load_state_dict(of)
     learner.num_steps = state["num_steps"]
     for name, stream in _streams(learner).items():
         stream.set_state(state[name])

@@ -36,6 +36,8 @@ PAIRS = [
     {"prompt": f"the w{i} w{i + 1}", "chosen": f"was good w{i} w{i + 3}", "rejected": f"was bad w{i + 2}"}
     for i in range(8)
 ]
+# The tiny model of an objective that cannot learn on just any.
+FITTING = {"tbptt": "lstm"}
 PTX = [{"text": f"it is a w{i} and a fine w{i + 2} w{i + 3}"} for i in range(6)]
 
 
@@ -44,7 +46,7 @@ def score(response):
     return float("1" in response)
 
 
-def trainer_of(name, tokenizer, folder=None, *, epochs=2.0, resume=False, reward=score, **sections):
+def trainer_of(name, tokenizer, folder=None, *, epochs=2.0, resume=False, reward=score, family="llama", **sections):
     """A trainer with a short run of the strategy, on a tiny model that is always the same."""
     config = HybridConfig(
         data=DataConfig(template="none"),
@@ -60,7 +62,7 @@ def trainer_of(name, tokenizer, folder=None, *, epochs=2.0, resume=False, reward
         run=RunConfig(output=None if folder is None else str(folder)),
     )
     given = {
-        "policy_or_name": Policy(tiny_model("llama", seed=1)), "tokenizer": tokenizer, "train_data": ROWS,
+        "policy_or_name": Policy(tiny_model(family, seed=1)), "tokenizer": tokenizer, "train_data": ROWS,
         "ptx_data": PTX, "preference_data": PAIRS, "reward": reward,
     }  # fmt: skip
     if resume:
@@ -262,7 +264,9 @@ def trainer_for(name, tokenizer, folder=None, *, steps=None, settings=None, **op
     """
     options.setdefault("ppo", PPOConfig(batch_size=4, minibatch_size=4, epochs=2, samples_per_prompt=2))
     mixing = {} if steps is None else {"mixing": {"strategy": "objective", "objective": name, "steps": steps}}
-    objectives = {name: settings or {}} if own(name) else {}
+    small = {"tbptt": {"streams": 3, "window": 5}}
+    objectives = {name: small.get(name, {}) | (settings or {})} if own(name) else {}
+    options["family"] = FITTING.get(name, "llama")
     trainer = trainer_of("alternate", tokenizer, folder, reward=unlike, objectives=objectives, **mixing, **options)
     if steps is not None and not options.get("resume"):
         trainer.strategy = make_strategy(mixing["mixing"])

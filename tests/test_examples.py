@@ -144,3 +144,18 @@ def test_every_config_of_preferences_trains(name, overrides, shared, stories, tm
 
         scores = RewardModel.from_pretrained(tmp_path / name / "reward_model").score([" No.", " Yes, of course."])
         assert scores.isfinite().all() and scores[0] != scores[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_a_recurrent_model_learns_a_text_and_goes_on_with_ppo(cell, shared, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    text = tmp_path / "text.txt"
+    text.write_text((shared / "tinyshakespeare" / "input.txt").read_text("utf-8")[:60_000], "utf-8")
+    lines = run("examples/recurrent.py", text, tmp_path / "models", cell, 51, 2)
+    first, last = (float(line.split()[-1]) for line in lines if line.startswith("update"))
+    assert last < 0.5 * first
+    assert sum(line.startswith("PPO") for line in lines) == 2
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "cheerful")
+    assert made.config.cell == cell

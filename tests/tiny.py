@@ -24,6 +24,12 @@ FAMILIES = {
     "granite": {**WIDE, "num_key_value_heads": 2, "max_position_embeddings": 64, "logits_scaling": 8.0},
     "phi": {**WIDE, "max_position_embeddings": 64},
 }
+# hybrid.models.recurrent: one model_type, its settings by a name that stands for it here.
+CELLS = {
+    "lstm": {"cell": "lstm"},
+    "gru": {"cell": "gru", "tie_word_embeddings": True},
+    "slots": {"cell": "lstm", "memory_slots": 5, "memory_width": 6},
+}
 
 
 def tiny_model(family: str = "llama", *, seed: int = 0, std: float = 0.2, **overrides):
@@ -31,9 +37,10 @@ def tiny_model(family: str = "llama", *, seed: int = 0, std: float = 0.2, **over
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(family, **COMMON | FAMILIES.get(family, {}) | overrides)
-    )
+    own = FAMILIES.get(family, {})
+    if family in CELLS:
+        family, own = "hybrid_recurrent", {"hidden_size": 32, "num_hidden_layers": 2, **CELLS[family]}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **COMMON | own | overrides))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=std)

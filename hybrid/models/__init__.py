@@ -10,10 +10,12 @@ from hybrid.models.policy import (
     Policy,
     PolicyOutput,
     before_response,
+    label_logprob,
     last_token,
     response_stats,
 )
 from hybrid.models.recompute import recompute_activations
+from hybrid.models.recurrent import new as new_recurrent
 from hybrid.models.reference import Reference
 from hybrid.models.reward_model import save_reward_model
 from hybrid.models.reward_template import template_of
@@ -36,7 +38,9 @@ __all__ = [
     "check_packing",
     "context_length",
     "is_adapted",
+    "label_logprob",
     "last_token",
+    "new_recurrent",
     "recompute_activations",
     "require",
     "response_stats",

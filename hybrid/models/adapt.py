@@ -104,6 +104,11 @@ def add_lora(model: Any, config: LoraConfig) -> None:
                 f"{config.rank} and {config.alpha}; give model.lora the adapter's, or merge it first (hybrid export)"
             )
         return
+    if any(isinstance(module, (nn.RNNBase, nn.RNNCellBase)) for module in model.modules()):
+        raise InputError(
+            f"model.lora: the cells of {type(model).__name__} are no linear layers, so adapters would leave frozen "
+            "what it computes with; train all of it"
+        )
     for target in config.target_modules or ():
         if target not in (linear := _linear_layers(model)):
             raise unknown_name("layer in model.lora.target_modules:", target, linear)

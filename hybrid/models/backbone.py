@@ -45,8 +45,12 @@ class Backbone(nn.Module):
             raise InputError(f"{type(model).__name__} has no LM head with a weight: not a causal language model?")
         parameters = inspect.signature(self.trunk.forward).parameters
         self._takes_positions = "position_ids" in parameters
-        self._cache = next((name for name in CACHES if name in parameters), None)
-        self._is_recurrent = set(getattr(model.config, "layer_types", None) or ()) == {"linear_attention"}  # Mamba
+        # Whether it is one of hybrid.models.recurrent: its cache is a state, its mask may hold segment numbers.
+        self.keeps_state: bool = getattr(self.trunk, "keeps_state", False)
+        names = ("state",) if self.keeps_state else CACHES
+        self._cache = next((name for name in names if name in parameters), None)
+        kinds = set(getattr(model.config, "layer_types", None) or ())
+        self._is_recurrent = self.keeps_state or kinds == {"linear_attention"}  # Mamba
         if self._cache is None:
             raise InputError(f"{type(model).__name__} keeps no cache that a sampler can hand on; it is not supported")
         # logits <- softcap * tanh(logits / softcap)
@@ -128,6 +132,8 @@ class Backbone(nn.Module):
             if attention_mask.dtype != torch.bool and (attention_mask > 1).any():
                 raise InputError("an attention_mask with numbers above 1 is of packed rows: give position_ids too")
             position_ids = positions(attention_mask)
+        elif self.keeps_state:
+            mask = attention_mask.long()
         elif windows(self.model.config):
             # Such a model cuts its windows out of the mask that it makes of the positions, where it is given none.
             mask = None
@@ -206,6 +212,17 @@ class Backbone(nn.Module):
         extra = {} if cache is None else {self._cache: cache}
         out = self._run(input_ids, mask, position_ids, use_cache=True, **extra)
         return self.logits(self._scaled(out.last_hidden_state[:, -1])), getattr(out, self._cache)
+
+    def carried(self, input_ids: Tensor, attention_mask: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Hidden states (B, T, D) as `forward` gives them, and the state after the last token, of a recurrent model.
+
+        state: what the rows go on from, None: afresh.   attention_mask: (B, T); segment 1 goes on, others start anew.
+        Raises InputError where the model keeps no state (`keeps_state`).
+        """
+        if not self.keeps_state:
+            raise InputError(f"{type(self.model).__name__} keeps no state that it could carry on")
+        out = self.trunk(input_ids=input_ids, attention_mask=attention_mask.long(), state=state, use_cache=True)
+        return self._scaled(out.last_hidden_state), out.state
 
     def eos_ids(self, tokenizer: Any) -> list[int]:
         """Every token that ends a response: the tokenizer's EOS, and those of the model's generation config."""

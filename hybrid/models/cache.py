@@ -93,8 +93,11 @@ class _FixedLayer(CacheLayerMixin):
 def growing_cache(cache: Any, room: int, repeats: int = 1) -> Any:
     """The cache of prompts with room for so many tokens in all, each prompt `repeats` times.
 
-    None where it is of another kind, as the state of a recurrent model is.
+    A recurrent model of ours has a state that takes no room. None where it is of another kind, as Mamba's state is.
     """
+    if getattr(cache, "is_state", False):
+        cache.batch_repeat_interleave(repeats)
+        return cache
     if _layers(cache) is None:
         return None
     for number, layer in enumerate(cache.layers):

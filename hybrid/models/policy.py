@@ -26,7 +26,7 @@ from hybrid.models.heads import RewardHead, ValueHead
 from hybrid.models.window import windowed
 from hybrid.run.checkpoint import disk_errors, filled_folder
 
-__all__ = ["Policy", "PolicyOutput", "before_response", "last_token", "response_stats"]
+__all__ = ["Policy", "PolicyOutput", "before_response", "label_logprob", "last_token", "response_stats"]
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 REWARD_HEAD_FILE = "reward_head.safetensors"

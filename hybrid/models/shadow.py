@@ -46,7 +46,8 @@ class Shadow:
     @torch.no_grad()
     def refresh(self) -> None:
         """Take the original's weights as they are now."""
-        torch._foreach_copy_(self._short, self._long)
+        if self._short:  # an LSTM has no linear layers
+            torch._foreach_copy_(self._short, self._long)
         self.backbone.share_vocabulary(self.original)
 
 

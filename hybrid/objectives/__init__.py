@@ -28,6 +28,7 @@ from hybrid.objectives.preference_config import PreferencesConfig
 from hybrid.objectives.ptx import PTX
 from hybrid.objectives.reward_model import RewardModelObjective
 from hybrid.objectives.sft import SFT, SFTConfig, sft_batch_loss
+from hybrid.objectives.tbptt import TBPTT, Windows
 from hybrid.objectives.texts import texts_of
 from hybrid.objectives.update import GradientConfig, over_updates, scaled_lr, update
 from hybrid.objectives.updater import Updater
@@ -40,6 +41,7 @@ __all__ = [
     "RAFT",
     "SFT",
     "SPIN",
+    "TBPTT",
     "Advantage",
     "Distill",
     "DistillData",
@@ -58,6 +60,7 @@ __all__ = [
     "SFTConfig",
     "Term",
     "Updater",
+    "Windows",
     "accumulate",
     "autocast",
     "check_decoder",

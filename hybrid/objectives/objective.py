@@ -152,6 +152,14 @@ class Objective(ABC, Generic[Record]):
         """Its own measures of held-out examples; of most objectives there are none."""
         return Measures({}, [])
 
+    def state_dict(self) -> dict[str, Any]:
+        """What its next rows and losses depend on beside the learner's own state; of most objectives nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict`, which was not empty, was taken."""
+        raise InputError(f"objective {self.name!r} keeps no state, and the checkpoint has one, of another version")
+
     @abstractmethod
     def loss_of(self, whole: Record) -> Callable[[Record], Loss]:
         """The loss of an update's rows, as a function of any part of them: part -> (loss, metrics).

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, tiny_model
+from tiny import CELLS, FAMILIES, tiny_model
 from torch.nn.functional import linear
 
 from hybrid.core import Batch, InputError
@@ -13,7 +13,7 @@ from hybrid.models import Backbone, Policy, check_packing, response_stats
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+@pytest.fixture(scope="module", params=sorted({*FAMILIES, *CELLS}))
 def backbone(request):
     return Backbone(tiny_model(request.param)).eval().requires_grad_(False)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import WIDE, tiny_model
+from tiny import CELLS, WIDE, tiny_model
 from torch import nn
 
 from hybrid.core import InputError
@@ -37,6 +37,7 @@ RECURRENT = {
     "mamba": STATE_SPACE,
     "mamba2": {**STATE_SPACE, "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
     "falcon_mamba": STATE_SPACE,
+    **{cell: {} for cell in CELLS},
 }
 REFUSED = {
     "bart": (DECODER, "BartForCausalLM reads the padding"),
@@ -107,7 +108,7 @@ def test_a_model_that_drops_its_window_in_packed_rows_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("family", RECURRENT)
 @torch.no_grad()
-def test_a_state_space_model_keeps_its_state_from_step_to_step(family, ids):
+def test_a_model_with_a_state_keeps_its_state_from_step_to_step(family, ids):
     model = built(family, **RECURRENT[family])
     backbone = Backbone(model)
     rows = torch.cat([torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], 1), ids.repeat(1, 2)[:, :25]])
@@ -131,7 +132,7 @@ def test_a_cache_that_loses_the_context_is_noticed(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", ["mamba", "mistral"])
+@pytest.mark.parametrize("family", ["mamba", "mistral", *CELLS])
 def test_the_contract_holds_in_the_models_own_dtype(family, dtype, ids):
     # Weights of the size that training leaves: larger ones make rounding errors grow a thousandfold in Mamba.
     model = tiny_model(family, std=0.05, **{**RECURRENT, **WINDOWED}[family]).to(dtype)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import FAMILIES, tiny_model
+from tiny import CELLS, FAMILIES, tiny_model
 
 from hybrid.core import InputError
 from hybrid.models import LoraConfig, Policy, add_lora, recompute_activations
@@ -33,7 +33,7 @@ def gradients(policy, train):
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *CELLS])
 def test_the_gradient_is_the_same_bit_for_bit_and_far_less_is_kept(family, train):
     policy = Policy(tiny_model(family))
     expected, without = gradients(policy, train)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, WIDE, tiny_model
+from tiny import CELLS, FAMILIES, WIDE, tiny_model
 
 from hybrid.data import left_pad
 from hybrid.models import Backbone, takes_fixed_cache
@@ -116,6 +116,19 @@ def test_a_model_whose_cache_is_a_state_decodes_by_it():
     graphs = Graphs(captures=False)
     for repeats in (1, 2):
         assert_are(drawn(mamba, graphs=graphs, repeats=repeats), plainly(mamba, repeats))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_recurrent_models_state_is_repeated_and_the_prompts_are_read_once(cell, monkeypatch):
+    backbone, read = Backbone(tiny_model(cell)).eval(), []
+    assert not takes_fixed_cache(backbone)
+    next_logits = Backbone.next_logits
+    for repeats in (1, 3):
+        expected = plainly(backbone, repeats)
+        with monkeypatch.context() as patch:
+            patch.setattr(Backbone, "next_logits", lambda self, *a: (read.append(a[0].shape), next_logits(self, *a))[1])
+            assert_are(drawn(backbone, repeats=repeats), expected)
+    assert read.count((3, 7)) == 2
 
 
 def test_a_fixed_cache_that_gives_something_else_is_not_taken(monkeypatch):
