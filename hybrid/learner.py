@@ -291,7 +291,7 @@ class Learner(Supply):
                 **self._collect_options(),
             )
         reward.after_rollout(rollout)
-        return rollout
+        return self.remembered(rollout) if reward is self.reward else rollout
 
     def step(
         self,

@@ -128,6 +128,7 @@ def training_state(learner: Learner) -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "reward": {} if learner.reward is None else learner.reward.state_dict(),
+        **({} if learner.memory is None else {"memory": learner.memory.state_dict()}),
         "num_steps": learner.num_steps,
         "data": learner.corpus.fingerprint,
     }
@@ -145,6 +146,8 @@ def load_training_state(learner: Learner, state: Mapping[str, Any]) -> None:
     learner.loaders.load_state_dict(state)
     if learner.reward is not None:
         learner.reward.load_state_dict(state["reward"])
+    if learner.memory is not None:
+        learner.memory.load_state_dict(state["memory"])
     learner.num_steps = state["num_steps"]
     for name, stream in _streams(learner).items():
         stream.set_state(state[name])

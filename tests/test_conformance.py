@@ -263,6 +263,8 @@ def trainer_for(name, tokenizer, folder=None, *, steps=None, settings=None, **op
     options.setdefault("ppo", PPOConfig(batch_size=4, minibatch_size=4, epochs=2, samples_per_prompt=2))
     mixing = {} if steps is None else {"mixing": {"strategy": "objective", "objective": name, "steps": steps}}
     objectives = {name: settings or {}} if own(name) else {}
+    if objective_class(name).needs_memory:
+        options.setdefault("memory", {"type": "experience"})
     trainer = trainer_of("alternate", tokenizer, folder, reward=unlike, objectives=objectives, **mixing, **options)
     if steps is not None and not options.get("resume"):
         trainer.strategy = make_strategy(mixing["mixing"])
