@@ -16,7 +16,7 @@ from hybrid.core import Rollout
 from hybrid.mixing import Plan, Strategy, make_strategy
 from hybrid.models import Reference
 
-__all__ = ["ARMS", "Lengths", "arm_config", "base_of", "run"]
+__all__ = ["ARMS", "Lengths", "Metered", "arm_config", "base_of", "run", "until_spent"]
 
 Evaluation = tuple[dict[str, float], list[dict[str, Any]]]
 ENOUGH = 10_000  # steps: the budget ends a run, not their number
@@ -167,7 +167,7 @@ def _num_tokens(inputs: tuple[Any, ...]) -> int:
     return int(inputs[1].bool().sum()) if torch.is_grad_enabled() else 0
 
 
-def _until(strategy: Strategy, spent: Callable[[], int], budget: int) -> Strategy:
+def until_spent(strategy: Strategy, spent: Callable[[], int], budget: int) -> Strategy:
     """The strategy, ended by the first step that begins with the budget spent."""
 
     class Budgeted(type(strategy)):  # type: ignore[misc]
@@ -195,7 +195,7 @@ def base_of(task: Task, work: Work) -> dict[str, Any]:
 def run(task: Task, config: HybridConfig) -> dict[str, Any]:
     """Train to the end of the budget; what the evaluation behind it finds, and what it all took."""
     trainer = Metered(config=config)
-    trainer.strategy = _until(make_strategy(config.mixing), lambda: trainer.spent, task.budget)
+    trainer.strategy = until_spent(make_strategy(config.mixing), lambda: trainer.spent, task.budget)
     wall, cpu = time.perf_counter(), time.process_time()
     with redirect_stdout(StringIO()):
         trainer.train()

@@ -3,6 +3,7 @@
 from hybrid.memory.chain import Chain
 from hybrid.memory.experience import Experience
 from hybrid.memory.keep import MEMORY, load_memory, read_memory, write_memory
+from hybrid.memory.listing import memory_tables
 from hybrid.memory.markov import MarkovMemory
 from hybrid.memory.memory import Memory, check_memory, make_memory, memory_names, register_memory
 from hybrid.memory.visits import Kept, Visit, example_key, prompt_key, visits_of
@@ -20,6 +21,7 @@ __all__ = [
     "load_memory",
     "make_memory",
     "memory_names",
+    "memory_tables",
     "prompt_key",
     "read_memory",
     "register_memory",

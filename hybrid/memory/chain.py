@@ -13,10 +13,11 @@ __all__ = ["Chain"]
 class Chain:
     """How much a visit to s' after s was worth, for the pairs that were seen.
 
-        M[s, s'] <- (1 - decay) M[s, s'] + alpha (r + gamma r')                     (M = 0 before the first time)
-        P[s, s'] = (1 - smoothing) softmax(M[s, .] / temperature) over the seen pairs of s  +  smoothing / N
+        M[s, s'] <- (1 - decay) M[s, s'] + alpha (r + gamma r')         (0 before the first time)
+        P[s, s'] = (1 - smoothing) softmax(M[s, .] / temperature) + smoothing / N
 
-    of N states. A row without a seen pair is 1 / N. With decay = alpha M is a running mean of r + gamma r'.
+    over N states. A pair that was never seen counts as M = 0, so that it is tried where those that were are worth
+    little; a row without a seen pair is 1 / N. With decay = alpha M tends to the mean of r + gamma r'.
     capacity: pairs; beyond it the one is forgotten that was followed longest ago.
     """
 
@@ -47,29 +48,34 @@ class Chain:
             self.worth[s, then] = worth
             self._rows.setdefault(s, {})[then] = None
 
-    def seen(self, s: str) -> dict[str, float]:
-        """The softmax over the seen pairs of a row; none where there are none. In order of name: sums have one."""
-        row = {then: self.worth[s, then] / self.temperature for then in sorted(self._rows.get(s, ()))}
-        if not row:
-            return {}
-        top = max(row.values())
-        exps = {then: math.exp(value - top) for then, value in row.items()}
-        total = sum(exps.values())
-        return {then: value / total for then, value in exps.items()}
-
     def row(self, s: str, states: Sequence[str]) -> list[float]:
         """P[s, .] over these states, among which all of the row's are."""
-        seen, even = self.seen(s), 1 / len(states)
-        if not seen:
-            return [even] * len(states)
-        return [(1 - self.smoothing) * seen.get(then, 0.0) + self.smoothing * even for then in states]
+        weights, unseen = self._weights(s)
+        total = sum(weights.values()) + unseen * (len(states) - len(weights))
+        even = self.smoothing / len(states)
+        return [(1 - self.smoothing) * weights.get(then, unseen) / total + even for then in states]
 
     def draw(self, s: str | None, states: Sequence[str], chance: random.Random, without: Mapping[str, object]) -> str:
-        """The next state after s (None: any), from its row without the states in `without`."""
-        seen = {} if s is None else {then: p for then, p in self.seen(s).items() if then not in without}
-        if seen and chance.random() >= self.smoothing:
-            return chance.choices([*seen], weights=[*seen.values()])[0]
+        """The next state after s (None: any), from its row without the states in `without`, if others are left."""
+        weights: dict[str, float] = {}
+        if s is not None and chance.random() >= self.smoothing:
+            every, unseen = self._weights(s)
+            weights = {then: weight for then, weight in every.items() if then not in without}
+            num_others = len(states) - len(without) - len(weights)
+            if chance.random() * (sum(weights.values()) + unseen * max(num_others, 0)) < sum(weights.values()):
+                return chance.choices([*weights], weights=[*weights.values()])[0]
+            # One of those that never followed s.
+            without = {**without, **weights}
         return chance.choice([state for state in states if state not in without] or list(states))
+
+    def _weights(self, s: str) -> tuple[dict[str, float], float]:
+        """exp(M / temperature) over the largest: of the pairs that were seen, by name, and of one that was not.
+
+        In order of name, because a sum of floats depends on its order.
+        """
+        row = {then: self.worth[s, then] / self.temperature for then in sorted(self._rows.get(s, ()))}
+        top = max([0.0, *row.values()])
+        return {then: math.exp(value - top) for then, value in row.items()}, math.exp(-top)
 
     def states(self) -> Iterator[str]:
         """Every state of a pair, once."""

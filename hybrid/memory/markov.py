@@ -188,7 +188,7 @@ class MarkovMemory(Memory):
 
     def header(self) -> dict[str, Any]:
         own = {"last": self.last, "last_reward": self._last_reward, "draws": self.draws}
-        return {**super().header(), **own, "temperature": self.temperature, "waiting": [list(w) for w in self._waiting]}
+        return {**super().header(), **own, "waiting": [list(visit) for visit in self._waiting]}
 
     def rows(self) -> list[dict[str, Any]]:
         states: list[dict[str, Any]] = [{"state": name, **asdict(state)} for name, state in self.states.items()]
