@@ -6,8 +6,8 @@
     python benchmarks/memory.py --quick         # to see that it runs; writes no result
 
 Every run begins with the same policy: the base model of `mixing.py`'s digits, which knows strings of 2 to 4, after
-START_STEPS of SFT on demonstrations of 3 to 8. Then PPO alone, 4 responses to each of 16 prompts, its prompts chosen by the
-arm, to the end of BUDGET tokens (`Metered.spent`). One thread. Writes benchmarks/results/memory-cpu-1-thread.json, .md.
+START_STEPS of SFT on demonstrations of 3 to 8. Then PPO alone, its prompts chosen by the arm, to the end of BUDGET tokens
+(`Metered.spent`). One thread a run. Writes benchmarks/results/memory-cpu-1-thread.json and .md.
 """
 
 import argparse
@@ -181,7 +181,7 @@ def measures(result: Mapping[str, Any]) -> dict[str, float]:
 def table(runs: Sequence[Mapping[str, Any]]) -> str:
     """A line for each arm: means and 95 % intervals over the seeds, and the difference to uniform of the same seeds."""
     lines = [
-        "| prompts | seeds | reward | over uniform | 6 to 8 digits | 1000 tokens to +.10 | forgetting | chosen, 6 to 8 |",
+        "| prompts | seeds | reward | over uniform | 6 to 8 digits | 1000 tokens to goal | forgetting | 6 to 8 chosen |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     of = {(run["arm"], run["seed"]): measures(run) for run in runs}
