@@ -1,5 +1,7 @@
 """Runs with a memory: composed with any strategy, resumed bit for bit. Runs without one stay what they are."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from tiny import tiny_model
@@ -7,7 +9,7 @@ from whole_run import crash, logged_rows, weights
 
 from hybrid import HybridConfig, HybridTrainer, InputError, Policy
 from hybrid.cli import main
-from hybrid.memory import example_key, read_memory
+from hybrid.memory import Memory, example_key, read_memory, register_memory
 from hybrid.mixing import make_strategy, strategy_names
 from hybrid.run import read_jsonl
 
@@ -322,3 +324,44 @@ def test_the_command_shows_a_runs_memory(tokenizer, tmp_path, capsys, monkeypatc
         assert "the w0 w1" in out and ("medium" in out if kind == "experience" else "worth" in out)
     assert main(["memory", str(tmp_path)]) == 2
     assert "holds no memory" in capsys.readouterr().err
+
+
+# One of a stranger's
+
+
+@register_memory("backwards")
+@dataclass
+class Backwards(Memory):
+    """Takes what the loader drew from behind, and counts."""
+
+    start: int = 0
+
+    def __post_init__(self):
+        self.count = self.start
+
+    def pick(self, drawn, step):
+        return drawn[::-1]
+
+    def visited(self, visits, step):
+        self.count += len(visits)
+
+    def rows(self):
+        return [{"count": self.count}]
+
+    def load_rows(self, rows, header):
+        self.count = rows[0]["count"]
+
+
+def test_a_strangers_memory_is_one_class(tokenizer, tmp_path, capsys):
+    whole = trainer_of(tokenizer, tmp_path / "whole", memory={"type": "backwards", "start": 3})
+    whole.train()
+    assert whole.memory.count == 3 + 4 * 4
+    crash(trainer_of(tokenizer, tmp_path / "part", memory={"type": "backwards", "start": 3}), 3)
+    resumed = trainer_of(tokenizer, tmp_path / "part", resume=True)
+    resumed.train()
+    assert resumed.memory.count == 19 and torch.equal(weights(resumed), weights(whole))
+    assert main(["memory", str(tmp_path / "part")]) == 0
+    assert "memory backwards, 1 rows" in capsys.readouterr().out
+    plain = trainer_of(tokenizer)
+    plain.train()
+    assert not torch.equal(weights(plain), weights(whole))

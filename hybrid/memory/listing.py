@@ -23,7 +23,7 @@ def memory_tables(state: Mapping[str, Any], number: int) -> list[Table]:
         return _of_experience(state, number)
     if state["memory"] == "markov":
         return _of_chain(state, number)
-    rows = [(str(row),) for row in state["rows"][:number]]
+    rows: list[tuple[str, ...]] = [(str(row),) for row in state["rows"][:number]]
     return [Table(f"memory {state['memory']}, {len(state['rows'])} rows", ("row",), rows)]
 
 

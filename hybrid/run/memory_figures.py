@@ -75,7 +75,7 @@ def _heat_map(pairs: Sequence[Mapping[str, Any]], states: Sequence[Mapping[str, 
     for row in pairs:
         if row["from"] in place and row["to"] in place:
             cells[place[row["from"]]][place[row["to"]]] = row["worth"]
-    texts = {row["state"]: " ".join(str(row["text"]).split())[:12] for row in states}
+    texts = {row["state"]: " ".join(str(row["text"]).split())[:10] for row in states}
 
     def draw(axes: "Axes") -> None:
         worths = [value for line in cells for value in line if not math.isnan(value)]
@@ -90,7 +90,7 @@ def _heat_map(pairs: Sequence[Mapping[str, Any]], states: Sequence[Mapping[str, 
         axes.set_xlim(0, len(names))
         axes.set_ylim(len(names), 0)
         axes.set_xticks([])
-        axes.set_yticks([i + 0.5 for i in range(len(names))], [texts.get(name, name[:12]) for name in names])
+        axes.set_yticks([i + 0.5 for i in range(len(names))], [texts.get(name, name[:10]) for name in names])
         axes.tick_params(labelsize=5)
 
     known = sum(not math.isnan(value) for line in cells for value in line)
