@@ -11,6 +11,7 @@ from hybrid.core import Batch, Encoded, Example, InputError, Pairs, Rollout, Run
 from hybrid.data import DataConfig, Loader, PairLoader, read_pairs
 from hybrid.evaluate import EvalConfig
 from hybrid.learner import Learner
+from hybrid.memory import MarkovMemory, Memory, make_memory, register_memory
 from hybrid.mixing import Plan, make_strategy, register_strategy
 from hybrid.models import LoraConfig, Policy, Reference
 from hybrid.objectives import (
@@ -46,6 +47,8 @@ __all__ = [
     "Learner",
     "Loader",
     "LoraConfig",
+    "MarkovMemory",
+    "Memory",
     "ModelConfig",
     "Objective",
     "PPOConfig",
@@ -67,6 +70,7 @@ __all__ = [
     "ScoreConfig",
     "Term",
     "collect",
+    "make_memory",
     "make_optimizer",
     "make_reward",
     "make_scheduler",
@@ -75,6 +79,7 @@ __all__ = [
     "ppo_batch_loss",
     "read_pairs",
     "register_decoder",
+    "register_memory",
     "register_objective",
     "register_optimizer",
     "register_reward",

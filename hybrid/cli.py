@@ -1,4 +1,4 @@
-"""The command line: `hybrid demo | train | generate | eval | export | reward | report`."""
+"""The command line: `hybrid demo | train | generate | eval | export | reward | memory | report`."""
 
 import argparse
 import json
@@ -13,6 +13,7 @@ from hybrid.core import InputError, RunStopped
 from hybrid.data import read_rows
 from hybrid.export import export
 from hybrid.fused import kernel_backend
+from hybrid.memory import memory_tables, read_memory
 from hybrid.mixing import make_strategy
 from hybrid.optim import listing, listing_markdown
 from hybrid.resume import trained_config
@@ -117,6 +118,11 @@ def _parser() -> argparse.ArgumentParser:
     reward.add_argument("--markdown", action="store_true", help="with --list: as docs/rewards.md has it")
     reward.add_argument("--schema", action="store_true", help="the JSON Schema of a spec")
     reward.set_defaults(command=_reward)
+
+    memory = commands.add_parser("memory", help="what a run has learnt of its prompts: classes, hardest, best answers")
+    memory.add_argument("run", metavar="RUN", help="a run's folder, or its memory.jsonl")
+    memory.add_argument("--rows", type=int, default=8, help="how many prompts of each kind to show (default: 8)")
+    memory.set_defaults(command=_memory)
 
     for kind in ("optimizers", "schedulers"):
         names = commands.add_parser(kind, help=f"the {kind} by name, with their keys and defaults")
@@ -255,6 +261,14 @@ def _score_file(args: argparse.Namespace) -> None:
         write_rows(args.output, scored_rows(rows, output))
     _table(*sample_table(rows, output, columns["response"], num_rows=args.rows))
     _table(*component_table(output), wrap=False)
+
+
+def _memory(args: argparse.Namespace) -> None:
+    if args.rows < 0:
+        raise InputError(f"--rows must be at least 0, got {args.rows}")
+    for table in memory_tables(read_memory(args.run), args.rows):
+        print(table.title)
+        _table(table.header, table.rows)
 
 
 def _names(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ import torch
 from hybrid.core import InputError, check_seed, first_line, parse_yaml, unknown_name
 from hybrid.data import DataConfig
 from hybrid.evaluate import EvalConfig
+from hybrid.memory import check_memory
 from hybrid.mixing import Strategy, make_strategy
 from hybrid.models import LoraConfig, require
 from hybrid.objectives import (
@@ -115,8 +116,8 @@ class RunConfig:
 class HybridConfig:
     """Everything a run is made of. `from_file` reads YAML or JSON; every section and key may be left out.
 
-    reward, mixing, optimizer and scheduler are plug-ins: a mapping with a name and that thing's own keys
-    (`make_reward`, `make_strategy`, `make_optimizer`, `make_scheduler`).
+    reward, mixing, memory, optimizer and scheduler are plug-ins: a mapping with a name and that thing's own keys
+    (`make_reward`, `make_strategy`, `make_optimizer`, `make_scheduler`, `make_memory`).
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -133,6 +134,7 @@ class HybridConfig:
     ppo: PPOConfig = field(default_factory=PPOConfig)
     preferences: PreferencesConfig = field(default_factory=PreferencesConfig)
     mixing: dict[str, Any] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)  # which prompts come again; none: as the data have them
     objectives: dict[str, Any] = field(default_factory=dict)  # by name, the settings of those without a section
     optimizer: dict[str, Any] = field(default_factory=dict)
     scheduler: dict[str, Any] = field(default_factory=dict)
@@ -151,6 +153,7 @@ class HybridConfig:
                     "HybridConfig.from_dict takes nested mappings"
                 )
         make_strategy(self.mixing)
+        check_memory(self.memory)
         check_objectives(self.objectives, {section.name for section in fields(self)})
         check_optimizer(self.optimizer)
         check_scheduler(self.scheduler)
@@ -174,6 +177,8 @@ class HybridConfig:
             )
         if self.reward is None and objective is None and metric not in self.eval.measured(with_reward=False):
             raise InputError(f"config: eval.metric {metric!r} needs a reward; give one, or watch another metric")
+        if self.memory and self.reward is None:
+            raise InputError("config: memory chooses prompts by their scores, and reward is missing; give one")
         if not strategy.rolls_out:
             return
         if self.reward is None and strategy.needs_reward:

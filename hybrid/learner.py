@@ -286,7 +286,7 @@ class Learner(Supply):
                 **self._collect_options(),
             )  # fmt: skip
         reward.after_rollout(rollout)
-        return rollout
+        return self.remembered(rollout) if reward is self.reward else rollout
 
     def step(
         self,

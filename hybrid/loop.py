@@ -124,6 +124,7 @@ def _prepare(learner: Learner, folder: Path, log: RunLog) -> None:
 
 def _finish(learner: Learner) -> None:
     if learner.folder is not None and learner.num_steps:
+        learner.keep_memory()
         export_run(learner)
         write_report(learner.folder)
 
@@ -236,7 +237,8 @@ class _Loop:
             metrics |= {f"{name}_coef": coef for name, coef in beside.items()}
         head = {"step": learner.num_steps, "phase": plan.kind, "cycle": plan.cycle, **clock}
         losses = {f"{name}_loss": "loss" if alone else f"{name}_loss" for name in beside}
-        self.log.step({**head, **metrics, **self.strategy.metrics()}, losses)
+        remembered = {} if learner.memory is None else learner.memory.metrics()
+        self.log.step({**head, **metrics, **self.strategy.metrics(), **remembered}, losses)
         self.progress.metrics = metrics
         if "kl" in metrics:
             self._watch_kl(metrics["kl"])
@@ -279,7 +281,7 @@ class _Loop:
 
     def _rollout_step(self, plan: Plan, number: int) -> Metrics:
         learner, strategy = self.learner, self.strategy
-        examples = strategy.prompts(next(learner.prompts).examples, number)
+        examples = strategy.prompts(learner.next_prompts(), number)
         rollout = learner.rollout(examples) if plan.needs_reward else learner.rollout(examples, scored=False)
         batches = {"sft": strategy.supervised(learner, examples)} if "sft" in plan.coefs else None
         rows = strategy.trained_rows(rollout, examples)
@@ -317,6 +319,7 @@ class _Loop:
     def _save(self) -> None:
         assert self.checkpoints is not None
         self.progress.logged = self.log.sizes()
+        self.learner.keep_memory()
         state = {"strategy": self.strategy.spec(), "memory": self.strategy.state_dict(), **asdict(self.progress)}
         # An evaluation of an earlier step says nothing of this one.
         fresh = self.progress.evaluated == self.learner.num_steps

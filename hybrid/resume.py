@@ -129,6 +129,7 @@ def training_state(learner: Learner) -> dict[str, Any]:
         "numpy": np.random.get_state(),
         "reward": {} if learner.reward is None else learner.reward.state_dict(),
         "objectives": {name: of for name, made in learner.objectives.items() if (of := made.state_dict())},
+        **({} if learner.memory is None else {"memory": learner.memory.state_dict()}),
         "num_steps": learner.num_steps,
         "data": learner.corpus.fingerprint,
     }
@@ -149,6 +150,8 @@ def load_training_state(learner: Learner, state: Mapping[str, Any]) -> None:
     # Checkpoints of version 0.1 have none.
     for name, of in state.get("objectives", {}).items():
         learner.objectives[name].load_state_dict(of)
+    if learner.memory is not None:
+        learner.memory.load_state_dict(state["memory"])
     learner.num_steps = state["num_steps"]
     for name, stream in _streams(learner).items():
         stream.set_state(state[name])

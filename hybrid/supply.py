@@ -2,13 +2,15 @@
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from hybrid.config import HybridConfig
-from hybrid.core import Batch, Encoded, Labelled, Pairs
+from hybrid.core import Batch, Encoded, Labelled, Pairs, Rollout
 from hybrid.corpus import Corpus
 from hybrid.data import AnswerLoader, Loader, PairLoader
 from hybrid.loaders import Loaders
+from hybrid.memory import Memory, load_memory, make_memory, write_memory
 from hybrid.models import Policy
 
 __all__ = ["Supply"]
@@ -20,6 +22,8 @@ class Supply:
     config: HybridConfig
     corpus: Corpus
     policy: Policy
+    folder: Path | None
+    num_steps: int
 
     @cached_property
     def loaders(self) -> Loaders:
@@ -50,6 +54,36 @@ class Supply:
     def answer_loader(self) -> AnswerLoader:
         """Endless batches of good and bad answers. Raises InputError where there are none."""
         return self.loaders.answers
+
+    @cached_property
+    def memory(self) -> Memory | None:
+        """Which prompts come again; None where the config names none."""
+        made = make_memory(self.config.memory)
+        if made is not None:
+            made.attach(self.corpus.train, self.corpus.tokenizer, seed=self.config.run.seed)
+            if made.path is not None:
+                load_memory(made, made.path)
+        return made
+
+    def next_prompts(self) -> Sequence[Encoded]:
+        """The examples whose prompts the next rollout answers: the loader's next, or those that the memory picks."""
+        drawn = next(self.prompts).examples
+        return drawn if self.memory is None else self.memory.pick(drawn, self._clock(self.memory))
+
+    def remembered(self, rollout: Rollout) -> Rollout:
+        """The rollout, of which the memory has been told."""
+        if self.memory is not None:
+            self.memory.after_rollout(rollout, self._clock(self.memory))
+        return rollout
+
+    def keep_memory(self) -> None:
+        """Write the memory into the run's folder, where both are."""
+        if self.memory is not None and self.folder is not None:
+            write_memory(self.memory, self.folder)
+
+    def _clock(self, memory: Memory) -> int:
+        """The step that it is: the run's, or by hand so many rollouts."""
+        return max(memory.began + self.num_steps, memory.step + 1)
 
     def batch(self, rows: Batch | Iterable[Any]) -> Batch:
         """A batch on the policy's device: as it is, or made of examples as in `train_data`."""

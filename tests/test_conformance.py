@@ -267,6 +267,8 @@ def trainer_for(name, tokenizer, folder=None, *, steps=None, settings=None, **op
     small = {"tbptt": {"streams": 3, "window": 5}}
     objectives = {name: small.get(name, {}) | (settings or {})} if own(name) else {}
     options["family"] = FITTING.get(name, "llama")
+    if objective_class(name).needs_memory:
+        options.setdefault("memory", {"type": "experience"})
     trainer = trainer_of("alternate", tokenizer, folder, reward=unlike, objectives=objectives, **mixing, **options)
     if steps is not None and not options.get("resume"):
         trainer.strategy = make_strategy(mixing["mixing"])

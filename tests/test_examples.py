@@ -83,6 +83,30 @@ def test_a_config_whose_reward_asks_the_run_trains(shared, stories, tmp_path, co
     assert all(logged <= row.keys() for row in rows)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "logged"),
+    [
+        ("experience", {"memory/medium", "memory/success", "replay_loss", "importance_mean"}),
+        ("markov", {"memory/level", "memory/pairs"}),
+    ],
+)
+def test_a_config_with_a_memory_trains(shared, stories, tmp_path, config, logged):
+    sentences = [shared / "rotten_tomatoes" / f"rt-polarity.{end}" for end in ("pos", "neg")]
+    run(
+        "-m", "hybrid", "train", f"examples/{config}.yaml", f"model.name={stories}",
+        f"data.train={[*map(str, sentences)]}", "data.limit=40", "data.max_length=128", "sft.batch_size=8",
+        "sampling.max_new_tokens=8", "ppo.batch_size=8", "ppo.minibatch_size=8", "eval.num_prompts=4",
+        "eval.num_examples=8", *(["mixing.cycles=3"] if config == "markov" else ["mixing.steps=3"]),
+        f"run.output={tmp_path / config}",
+    )  # fmt: skip
+    rows = [row for row in read_jsonl(tmp_path / config / "metrics.jsonl") if "kl" in row and row["phase"] != "eval"]
+    assert len(rows) == 3 and logged <= {name for row in rows for name in row}
+    tables = "\n".join(run("-m", "hybrid", "memory", tmp_path / config))
+    assert ("The hardest prompts" if config == "experience" else "States by their mean reward") in tables
+    assert "<h2>Memory</h2>" in (tmp_path / config / "report.html").read_text(encoding="utf-8")
+
+
 def test_the_custom_reward_shows_scores_and_a_log():
     lines = run("examples/custom_reward.py")
     assert lines[:3] == ["1.00  Paris is the capital.", "0.00  Perhaps Paris, maybe Rome.", "0.00  Paris"]

@@ -20,6 +20,7 @@ FLOORS = {
     "rewards": 3,
     "models": 3,
     "scoring": 4,
+    "memory": 4,
     "rollout": 4,
     "objectives": 5,
     "evaluate": 6,

@@ -26,6 +26,7 @@ from hybrid.objectives.ppo_config import Advantage, PPOConfig
 from hybrid.objectives.precision import Precision, autocast, grad_scaler
 from hybrid.objectives.preference_config import PreferencesConfig
 from hybrid.objectives.ptx import PTX
+from hybrid.objectives.replay import Replay
 from hybrid.objectives.reward_model import RewardModelObjective
 from hybrid.objectives.sft import SFT, SFTConfig, sft_batch_loss
 from hybrid.objectives.tbptt import TBPTT, Windows
@@ -56,6 +57,7 @@ __all__ = [
     "Parts",
     "Precision",
     "PreferencesConfig",
+    "Replay",
     "RewardModelObjective",
     "SFTConfig",
     "Term",

@@ -25,6 +25,7 @@ from hybrid.core import (
 )
 from hybrid.data import AnswerLoader, Loader, PairLoader
 from hybrid.functional import AdaptiveKL, FixedKL
+from hybrid.memory import Memory
 from hybrid.models import Policy, Reference
 from hybrid.objectives.accumulate import Loss, Term
 
@@ -50,6 +51,10 @@ class Parts(Protocol):
     kl: FixedKL | AdaptiveKL
     tokenizer: Any
     folder: Path | None  # the run's, where what was computed once may be kept
+
+    @property
+    def memory(self) -> Memory | None:
+        """Which prompts come again, and the responses that it has kept; None where the run has none."""
 
     @property
     def loader(self) -> Loader:
@@ -109,6 +114,7 @@ class Objective(ABC, Generic[Record]):
     imitates: ClassVar[bool] = False  # of one that rolls out, whether any decoder may have found the responses
     windowed: ClassVar[bool] = False  # of one that rolls out, whether its loss sees what the decoder's `window` lets it
     needs_reward_head: ClassVar[bool] = False  # whether the policy has to have one
+    needs_memory: ClassVar[bool] = False  # whether it learns from what a memory has kept
     dropout: ClassVar[bool] = True  # whether the policy is in training mode
     lr_factor: float = 1.0  # see `Term`
     microbatch_size: int | None = None  # see `Term`

@@ -11,25 +11,35 @@ from hybrid.core import InputError, Rollout
 from hybrid.functional import aggregate, importance_weight, kl_estimate, loss_divisor, policy_loss, value_loss
 from hybrid.models import Policy, before_response, response_stats
 from hybrid.objectives.accumulate import Loss
+from hybrid.objectives.earlier import check_staleness, with_stale
 from hybrid.objectives.objective import Objective, Parts, register_objective
 from hybrid.objectives.ppo_config import PPOConfig
-from hybrid.rollout import KLConfig
+from hybrid.rollout import KLConfig, ScoreConfig
 
 __all__ = ["PPO", "Divisors", "ppo_batch_loss"]
 
 
 @register_objective("ppo")
 class PPO(Objective[Rollout]):
-    """The clipped surrogate on a minibatch of the step's rollout, without dropout: the ratios compare log-probs."""
+    """The clipped surrogate on a minibatch of the step's rollout, without dropout: the ratios compare log-probs.
+
+    Where the run's memory has a `staleness`, on earlier responses too (`with_stale`), in the same number of updates.
+    """
 
     rolls_out = True
     windowed = True
     dropout = False
 
-    def __init__(self, parts: Parts, ppo: PPOConfig, kl: KLConfig):
+    def __init__(self, parts: Parts, ppo: PPOConfig, kl: KLConfig, score: ScoreConfig | None = None):
         super().__init__(parts)
-        self.config, self.kl = ppo, kl
+        self.config, self.kl, self.score = ppo, kl, score or ScoreConfig()
         self.lr_factor, self.microbatch_size = ppo.lr_factor, ppo.microbatch_size
+
+    def check(self) -> None:
+        check_staleness(self.parts.memory, self.config, self.score)
+
+    def learnt(self, rollout: Rollout) -> Rollout:
+        return with_stale(rollout, self.parts, self.config, self.kl, self.score)
 
     def loss_of(self, whole: Rollout) -> Callable[[Rollout], Loss]:
         return partial(

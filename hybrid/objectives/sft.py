@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hybrid.core import Batch
 from hybrid.data import Loader
-from hybrid.functional import TokenWeight, sft_loss
+from hybrid.functional import TokenWeight, masked_mean, sft_loss
 from hybrid.models import Policy
 from hybrid.objectives.accumulate import Loss
 from hybrid.objectives.objective import Objective, Parts, register_objective
@@ -60,19 +60,33 @@ class SFT(Objective[Batch]):
         return self.parts.loader
 
     def loss_of(self, whole: Batch) -> Callable[[Batch], Loss]:
-        return partial(sft_batch_loss, self.parts.policy, config=self.config, num_tokens=whole.num_tokens)
+        return partial(
+            sft_batch_loss, self.parts.policy, config=self.config, num_tokens=whole.num_tokens, told=self._told
+        )
+
+    def _told(self, batch: Batch, logprob: Tensor, trained: Tensor) -> None:
+        if self.parts.memory is not None:
+            self.parts.memory.after_supervised(batch, masked_mean(-logprob.detach(), trained, 1))
 
 
 def sft_batch_loss(
-    policy: Policy, batch: Batch, config: SFTConfig, *, num_tokens: int | None = None
+    policy: Policy,
+    batch: Batch,
+    config: SFTConfig,
+    *,
+    num_tokens: int | None = None,
+    told: Callable[[Batch, Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Masked cross-entropy of the batch's labels under the policy.
 
     num_tokens: trained tokens of the whole optimizer step where the batch is a part of it.
+    told: is given the batch, its log-probs and which of them are trained, each (B, T-1).
     The value head takes no part, so it gets no gradient: None, not zeros.
     Returns `(loss, metrics)` of `functional.sft_loss`.
     """
     logprob, trained = policy.batch_logprob(batch)
+    if told is not None:
+        told(batch, logprob, trained)
     return sft_loss(
         logprob,
         trained,

@@ -33,11 +33,12 @@ _NAMES = {
     "distill": "distillation",
     "distill_data": "distillation on the data",
     "raft": "RAFT",
+    "replay": "replay",
 }
 # Of what their losses are means, where these are not pairs.
 _LOSS_UNITS = {
     "kto": "per answer",
-    **dict.fromkeys(("distill", "distill_data", "raft", "ptx"), "nats per token"),
+    **dict.fromkeys(("distill", "distill_data", "raft", "ptx", "replay"), "nats per token"),
 }
 # What a step finds of answers that are to be told apart, beside a loss.
 _OF_ANSWERS = ("accuracy", "chosen_reward", "rejected_reward", "desirable_reward", "undesirable_reward", "margin_mean")

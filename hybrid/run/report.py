@@ -12,6 +12,7 @@ from hybrid.core import InputError, first_line
 from hybrid.run.checkpoint import disk_errors, write_file
 from hybrid.run.curves import colours, curves, finite
 from hybrid.run.measures import measures_of
+from hybrid.run.memory_figures import memory_figures
 from hybrid.run.pair_figures import PROBABILISTIC, evaluated_pairs, pair_figures, pairs_side_by_side
 from hybrid.run.panels import TRAINING, Rows, called, phase_names, training_phases
 from hybrid.run.track import CONFIG, METRICS, REPORT, SAMPLES, read_jsonl
@@ -116,6 +117,7 @@ def write_report(folder: str | Path) -> Path:
             summary=_summary(rows),
             key=_key(rows),
             curves=curves(rows),
+            memory_figures=memory_figures(folder, rows),
             pair_figures=pair_figures(pairs),
             is_calibrated=any(objective in PROBABILISTIC for objective in pairs),
             pairs=pairs_side_by_side(pairs, NUM_SAMPLES),

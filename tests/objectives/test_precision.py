@@ -33,7 +33,7 @@ def rows(seed=0):
 
 
 def term_of(policy, phase, precision, coef=1.0):
-    parts = SimpleNamespace(policy=policy, kl=FixedKL(0.0), autocast=lambda: autocast(precision, CPU))
+    parts = SimpleNamespace(policy=policy, kl=FixedKL(0.0), memory=None, autocast=lambda: autocast(precision, CPU))
     config = PPOConfig(batch_size=3, minibatch_size=3)
     objective = make_objective(phase, parts, {"sft": SFTConfig(), "ppo": config, "kl": KLConfig()})
     if phase == "sft":
