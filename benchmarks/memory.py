@@ -244,7 +244,7 @@ def _shown(values: Sequence[float], sign: str = "") -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each arm")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each arm")
     parser.add_argument("--lr", type=float, default=PPO_LR, help="another one than the study's writes no result")
     parser.add_argument("--work", default="runs/memory", help="folder of data, models and finished runs")
     parser.add_argument("--report", action="store_true", help="only the table of what is there")
