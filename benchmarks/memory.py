@@ -55,6 +55,7 @@ PPO = {"batch_size": 16, "samples_per_prompt": 4, "minibatch_size": 64, "epochs"
 # A pass over all prompts first would be as long as half of the run.
 EXPERIENCE = {"type": "experience", "unseen": 0.25}
 WATCHES = {"type": "experience", "uniform": 1.0}
+LENGTHS = {"clusters": 6, "embedder": "benchmarks.memory:lengths_of"}
 ARMS: dict[str, dict[str, Any]] = {
     "uniform": {},
     "classes": {"memory": {**EXPERIENCE, "choose": "classes"}},
@@ -62,12 +63,20 @@ ARMS: dict[str, dict[str, Any]] = {
     "learnability": {"memory": {**EXPERIENCE, "choose": "learnability"}},
     "markov": {"memory": {"type": "markov"}},
     "progress": {"memory": {"type": "markov", "prefer": "progress"}},
+    # States are the six lengths: of single prompts the chain has 90,000 pairs, of which a run follows 1,300.
+    "lengths": {"memory": {"type": "markov", **LENGTHS}},
+    "lengths_progress": {"memory": {"type": "markov", "prefer": "progress", **LENGTHS}},
     "leitner": {"memory": {**EXPERIENCE, "choose": "due", "interval": 4.0}},
     "fsrs": {"memory": {**EXPERIENCE, "choose": "due", "scheduler": "fsrs", "interval": 1.0}},
     # What is learnt from again, with prompts as `uniform` has them.
     "stale": {"memory": {**WATCHES, "staleness": 4}, "ppo": {"importance": "token"}},
     "replay": {"memory": WATCHES, "mixing": {"coefs": {"ppo": 1.0, "replay": 0.1}}},
 }
+
+
+def lengths_of(prompts: Sequence[str]) -> list[list[float]]:
+    """What the arms of lengths take for an embedder: how many digits."""
+    return [[float(len(prompt.rstrip(">")))] for prompt in prompts]
 
 
 class Watched(Metered):
@@ -235,7 +244,7 @@ def _shown(values: Sequence[float], sign: str = "") -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each arm")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each arm")
     parser.add_argument("--lr", type=float, default=PPO_LR, help="another one than the study's writes no result")
     parser.add_argument("--work", default="runs/memory", help="folder of data, models and finished runs")
     parser.add_argument("--report", action="store_true", help="only the table of what is there")
@@ -267,7 +276,13 @@ def main() -> None:
     if not arguments.quick and arguments.lr == PPO_LR:
         settings = {"ppo": PPO, "lr": PPO_LR, "budget": BUDGET, "start_steps": START_STEPS, "arms": ARMS}
         kept = [{name: x for name, x in found.items() if name != "config"} for found in runs]
-        result = {**stamp(), "benchmark": "memory", "device": "cpu, 1 thread a run", "settings": settings, "runs": kept}
+        result = {
+            **stamp("fsrs"),
+            "benchmark": "memory",
+            "device": "cpu, 1 thread a run",
+            "settings": settings,
+            "runs": kept,
+        }
         RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         RESULT.with_suffix(".md").write_text(table(runs) + "\n", encoding="utf-8")
 
