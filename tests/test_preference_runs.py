@@ -169,7 +169,8 @@ def test_metrics_that_two_objectives_have_are_told_apart(stories, tmp_path):
     HybridTrainer(config=replace(config_of(stories, tmp_path / "a", "dpo"), mixing=mixing)).train()
     rows = [row for row in logged_rows(tmp_path / "a" / "run") if row["phase"] == "joint"]
     assert all("accuracy" not in row for row in rows)
-    assert rows[0]["dpo/accuracy"] == 0.5 != rows[0]["reward_model/accuracy"]
+    # Of the policy that is still its reference: what was computed once differs by rounding from what is trained.
+    assert abs(rows[0]["dpo/margin_mean"]) < 1e-5 < abs(rows[0]["reward_model/margin_mean"])
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])

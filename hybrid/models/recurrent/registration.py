@@ -29,13 +29,15 @@ class _Watch(MetaPathFinder):
         spec = find_spec(fullname)
         if spec is None or spec.loader is None:
             return spec
-        execute, call = spec.loader.exec_module, self.call
+        loader, execute, call = spec.loader, spec.loader.exec_module, self.call
 
         def execute_and_call(module: Any) -> None:
+            # Once: a loader may be one for many modules.
+            delattr(loader, "exec_module")
             execute(module)
             call()
 
-        setattr(spec.loader, "exec_module", execute_and_call)  # noqa: B010
+        setattr(loader, "exec_module", execute_and_call)  # noqa: B010
         return spec
 
 
