@@ -25,7 +25,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = "1"
+if __name__ == "__main__":  # whoever imports this file keeps its own
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 HERE = Path(__file__).resolve().parent
 # A script's own folder comes first on the path, and transformers imports a package called `kernels`, not our file.
