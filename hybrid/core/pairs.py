@@ -37,10 +37,14 @@ class Pairs:
     def __getitem__(self, rows: Tensor | slice) -> "Pairs":
         """Some pairs, for accumulation. `examples` are left out: they belong to the whole."""
         rows = torch.arange(len(self), device=self.weight.device)[rows]
-        both = torch.cat([rows, rows + len(self)])
+        both = self.both(rows)
         ref_logprob = None if self.ref_logprob is None else self.ref_logprob[both]
         part = Pairs(self.sides[both], self.weight[rows], self.margin[rows], ref_logprob, self.temperature)
         return handed_on(self, part, rows)
+
+    def both(self, rows: Tensor) -> Tensor:
+        """The rows of `sides` of some pairs, (n,) -> (2n,): the chosen ones, then the rejected ones."""
+        return torch.cat([rows, rows + len(self)])
 
     def split(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """(of the chosen answers, of the rejected ones), (B,) each, of a number for each row of `sides`."""

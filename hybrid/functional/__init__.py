@@ -29,6 +29,7 @@ from hybrid.functional.preference import (
     bradley_terry_loss,
     dpo_loss,
     kto_loss,
+    wins,
 )
 from hybrid.functional.sft import TokenWeight, sft_loss
 
@@ -72,4 +73,5 @@ __all__ = [
     "token_reward",
     "token_stats",
     "value_loss",
+    "wins",
 ]

@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 
 from hybrid.functional.precision import check_same_shape, to_float
 
-__all__ = ["PER_TOKEN", "REFERENCE_FREE", "PreferenceKind", "bradley_terry_loss", "dpo_loss", "kto_loss"]
+__all__ = ["PER_TOKEN", "REFERENCE_FREE", "PreferenceKind", "bradley_terry_loss", "dpo_loss", "kto_loss", "wins"]
 
 PreferenceKind = Literal["sigmoid", "robust", "hinge", "ipo", "apo_zero", "apo_down", "sppo", "exo", "simpo", "orpo"]
 # Kinds whose method holds no reference model.
@@ -209,7 +209,7 @@ def kto_loss(
     with torch.no_grad():
         one = torch.ones_like(good)
         share = _weighted_sum(good, one, None) if desirable_share is None else good.new_tensor(desirable_share)
-        metrics = {"accuracy": _weighted_sum(_wins(gain), one, None), "kl": z}
+        metrics = {"accuracy": _weighted_sum(wins(gain), one, None), "kl": z}
         for name, rows, of_all in (("desirable_reward", good, share), ("undesirable_reward", 1 - good, 1 - share)):
             metrics[name] = _weighted_sum(beta * ratio * rows, one, None) / of_all.masked_fill(of_all <= 0, 1.0)
     return loss, metrics
@@ -228,12 +228,12 @@ def _weighted_sum(x: Tensor, weight: Tensor, divisor: float | None) -> Tensor:
 @torch.no_grad()
 def _pair_metrics(difference: Tensor, weight: Tensor) -> dict[str, Tensor]:
     return {
-        "accuracy": _weighted_sum(_wins(difference), weight, None),
+        "accuracy": _weighted_sum(wins(difference), weight, None),
         "margin_mean": _weighted_sum(difference, weight, None),
     }
 
 
-def _wins(difference: Tensor) -> Tensor:
+def wins(difference: Tensor) -> Tensor:
     """1 where it is positive, 1/2 where it is 0, else 0."""
     return 0.5 * (1 + difference.sign())
 

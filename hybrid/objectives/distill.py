@@ -6,19 +6,20 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from hybrid.core import IGNORE, Batch, InputError, Rollout
+from hybrid.core import IGNORE, Batch, InputError, Record, Rollout
 from hybrid.data import Loader
 from hybrid.functional import linear_divergence
 from hybrid.models import before_response, response_stats
 from hybrid.objectives.accumulate import Loss
 from hybrid.objectives.objective import Objective, Parts, register_objective
+from hybrid.objectives.reference_logprob import numbered_reference
 
 __all__ = ["Distill", "DistillData"]
 
 Divergence = Literal["reverse", "forward", "jsd"]
 
 
-class _Distillation:
+class _Distilling(Objective[Record]):
     """The divergence from one of the references, the teacher, per token.
 
     kind: "reverse" KL(policy || teacher), "forward" KL(teacher || policy), or "jsd" with the mixture weight `mix`; see
@@ -26,21 +27,25 @@ class _Distillation:
     reference: the number of the teacher, of the config's `references`; its vocabulary is the policy's.
     """
 
-    def __init__(self, parts: Parts, kind: Divergence, mix: float, reference: int):
-        self.parts, self.kind, self.mix, self.number = parts, kind, mix, reference
+    def __init__(self, parts: Parts, kind: Divergence = "reverse", mix: float = 0.5, reference: int = 0):
+        super().__init__(parts)
+        self.kind, self.mix, self.number = kind, mix, reference
+
+    @classmethod
+    def check_settings(cls, **settings: Any) -> None:
+        if not 0 < (mix := settings.get("mix", 0.5)) < 1:
+            raise InputError(f"mix must lie in (0, 1), got {mix}")
 
     def check(self) -> None:
-        """Raises InputError where there is no such reference, or one of another vocabulary."""
-        found = self.parts.references
-        if not 0 <= self.number < len(found):
-            raise InputError(f"reference must be the number of one of the {len(found)} references, got {self.number}")
-        rows = [len(backbone.head_weight) for backbone in (self.parts.policy.backbone, found[self.number].backbone)]
+        teacher = numbered_reference(self.parts, self.number)
+        rows = [len(backbone.head_weight) for backbone in (self.parts.policy.backbone, teacher.backbone)]
         if rows[0] != rows[1]:
             raise InputError(
                 f"a teacher needs the policy's vocabulary of {rows[0]}, and references[{self.number}] has {rows[1]}"
             )
+        super().check()
 
-    def total(
+    def _total(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
@@ -75,7 +80,7 @@ class _Distillation:
 
 
 @register_objective("distill")
-class Distill(Objective[Rollout]):
+class Distill(_Distilling[Rollout]):
     """On-policy distillation: the divergence from a teacher over the policy's own responses, without dropout.
 
         loss = sum over response tokens of D(policy, teacher) / their count
@@ -89,28 +94,16 @@ class Distill(Objective[Rollout]):
     needs_reward = False
     dropout = False
 
-    def __init__(self, parts: Parts, kind: Divergence = "reverse", mix: float = 0.5, reference: int = 0):
-        super().__init__(parts)
-        self.distillation = _Distillation(parts, kind, mix, reference)
-
-    @classmethod
-    def check_settings(cls, **settings: Any) -> None:
-        _check_mix(**settings)
-
-    def check(self) -> None:
-        self.distillation.check()
-        super().check()
-
     def loss_of(self, whole: Rollout) -> Callable[[Rollout], Loss]:
         return partial(self._loss, num_tokens=whole.num_tokens)
 
     def _loss(self, part: Rollout, num_tokens: int) -> Loss:
         ids, seen, mask = part.input_ids, part.attention_mask, part.mask
-        return self.distillation.total(ids, seen, mask, temperature=part.temperature) / num_tokens, {}
+        return self._total(ids, seen, mask, temperature=part.temperature) / num_tokens, {}
 
 
 @register_objective("distill_data")
-class DistillData(Objective[Batch]):
+class DistillData(_Distilling[Batch]):
     """`distill` over the targets of the training data: supervised distillation, with dropout.
 
     Kind "forward" is that of Hinton et al. 2015 (arXiv:1503.02531) at temperature 1. A plan of both, `distill` with
@@ -118,16 +111,7 @@ class DistillData(Objective[Batch]):
     """
 
     def __init__(self, parts: Parts, kind: Divergence = "forward", mix: float = 0.5, reference: int = 0):
-        super().__init__(parts)
-        self.distillation = _Distillation(parts, kind, mix, reference)
-
-    @classmethod
-    def check_settings(cls, **settings: Any) -> None:
-        _check_mix(**settings)
-
-    def check(self) -> None:
-        self.distillation.check()
-        super().check()
+        super().__init__(parts, kind, mix, reference)
 
     def rows(self) -> Loader:
         return self.parts.loader
@@ -137,10 +121,5 @@ class DistillData(Objective[Batch]):
 
     def _loss(self, part: Batch, num_tokens: int) -> Loss:
         mask = part.labels[:, 1:] != IGNORE
-        total = self.distillation.total(part.input_ids, part.attention_mask, mask, part.position_ids)
+        total = self._total(part.input_ids, part.attention_mask, mask, part.position_ids)
         return total / num_tokens, {}
-
-
-def _check_mix(**settings: Any) -> None:
-    if not 0 < (mix := settings.get("mix", 0.5)) < 1:
-        raise InputError(f"mix must lie in (0, 1), got {mix}")

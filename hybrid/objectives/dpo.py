@@ -103,7 +103,7 @@ class DPO(Objective[Pairs]):
             return rows
         kept = self.reference.kept(_sides(rows.examples))
         if kept is None:
-            groups = [torch.cat([g, g + len(rows)]) for g in by_length(rows.extents, self.microbatch_size)]
+            groups = [rows.both(some) for some in by_length(rows.extents, self.microbatch_size)]
             kept = self.reference.of(rows.sides, groups, temperature=rows.temperature)
         return replace(rows, ref_logprob=kept.to(rows.weight.device))
 

@@ -134,7 +134,7 @@ class SPIN(DPO):
 
     def _own_logprob(self, pairs: Pairs) -> Tensor:
         """(2B,), of both sides under the policy as it is now, through the forwards of the first updates."""
-        groups = [torch.cat([g, g + len(pairs)]) for g in by_length(pairs.extents, self.microbatch_size)]
+        groups = [pairs.both(some) for some in by_length(pairs.extents, self.microbatch_size)]
         return answer_logprob(self.parts, self.parts.policy, pairs.sides, groups, temperature=pairs.temperature)
 
 

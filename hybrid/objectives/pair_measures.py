@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hybrid.core import Encoded
+from hybrid.functional import wins
 from hybrid.objectives.objective import Measures
 
 __all__ = ["expected_calibration_error", "pair_measures"]
@@ -22,7 +23,7 @@ def pair_measures(pairs: Sequence[Encoded], rewards: Sequence[Sequence[float]], 
     weights = torch.tensor([e.weight for e in pairs], dtype=torch.float64)
     chosen, rejected = torch.tensor(rewards, dtype=torch.float64).T
     share = weights / weights.sum()
-    right = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
+    right = wins(chosen - rejected)
     accuracy = (share * right).sum()
     metrics = {
         "loss": loss,
@@ -57,7 +58,7 @@ def expected_calibration_error(difference: Tensor) -> float:
     Source: Guo et al. 2017, section 2 (arXiv:1706.04599).
     """
     confidence = difference.abs().sigmoid()
-    right = 0.5 * (1 + difference.sign())
+    right = wins(difference)
     bins = ((confidence - 0.5) * 2 * NUM_BINS).long().clamp(max=NUM_BINS - 1)
     gaps = torch.zeros(NUM_BINS, dtype=difference.dtype).index_add_(0, bins, right - confidence)
     return float(gaps.abs().sum() / max(len(difference), 1))

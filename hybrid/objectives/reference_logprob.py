@@ -5,6 +5,7 @@ import json
 import time
 from array import array
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -18,11 +19,19 @@ from hybrid.models import Policy, Reference
 from hybrid.objectives.objective import Parts
 from hybrid.run import disk_errors, write_file
 
-__all__ = ["ReferenceLogprob", "answer_logprob"]
+__all__ = ["ReferenceLogprob", "answer_logprob", "numbered_reference"]
 
 FOLDER = "reference_logprob"
 BATCH_SIZE = 32
 NOT_THE_MODELS = ("_name_or_path", "transformers_version")  # of its config: where it lay, and who wrote it
+
+
+def numbered_reference(parts: Parts, number: int) -> Reference:
+    """The reference of that number. Raises InputError where there is none."""
+    found = parts.references
+    if not 0 <= number < len(found):
+        raise InputError(f"reference must be the number of one of the {len(found)} references, got {number}")
+    return found[number]
 
 
 @torch.no_grad()
@@ -57,10 +66,7 @@ class ReferenceLogprob:
     @property
     def reference(self) -> Reference:
         """Raises InputError where there is none of that number."""
-        found = self.parts.references
-        if not 0 <= self.number < len(found):
-            raise InputError(f"reference must be the number of one of the {len(found)} references, got {self.number}")
-        return found[self.number]
+        return numbered_reference(self.parts, self.number)
 
     def of(self, batch: Batch, groups: Sequence[Tensor] | None = None, *, temperature: float = 1.0) -> Tensor:
         """(rows of the batch,) float32.   groups: the rows of each forward; None: all in one."""
@@ -102,8 +108,9 @@ class ReferenceLogprob:
         print(f"reference: log-probs of {len(examples):,} answers in {seconds:.0f} s, computed once", flush=True)
         return values
 
-    def _digest(self, examples: Sequence[Encoded]) -> str:
-        """Of all that the log-probs depend on."""
+    @cached_property
+    def _model_digest(self) -> "hashlib._Hash":
+        """Of the reference's settings and weights, which are frozen."""
         model = self.reference.backbone.model
         settings = {name: x for name, x in model.config.to_dict().items() if name not in NOT_THE_MODELS}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
@@ -111,6 +118,11 @@ class ReferenceLogprob:
             if ".lora_" not in name:
                 digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
                 digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest
+
+    def _digest(self, examples: Sequence[Encoded]) -> str:
+        """Of all that the log-probs depend on."""
+        digest = self._model_digest.copy()
         device = self.parts.policy.device.type
         with self.parts.autocast():
             computed_in = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
