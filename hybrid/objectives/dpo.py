@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from hybrid.core import IGNORE, Encoded, Pairs, by_length
-from hybrid.data import collate_pairs
 from hybrid.functional import PER_TOKEN, REFERENCE_FREE, PreferenceKind, dpo_loss
 from hybrid.objectives.accumulate import Loss, Term
 from hybrid.objectives.objective import Measures, Objective, Parts, register_objective
-from hybrid.objectives.pair_measures import pair_measures
+from hybrid.objectives.pair_measures import rated_pairs
 from hybrid.objectives.preference_config import PreferencesConfig
 from hybrid.objectives.reference_logprob import ReferenceLogprob
 
@@ -80,22 +79,18 @@ class DPO(Objective[Pairs]):
     def evaluate(self, examples: Sequence[Encoded], batch_size: int) -> Measures:
         """loss, accuracy, chosen_reward, rejected_reward and margin_mean over all pairs; a row for each pair."""
         pairs = [e for e in examples if e.is_pair]
-        if not pairs:
-            return Measures({}, [])
         if self.needs_reference:
             self.reference.keep(_sides(pairs))
-        rewards, total = [], 0.0
-        self.parts.policy.eval()
-        with torch.no_grad(), self.parts.autocast():
-            for start in range(0, len(pairs), batch_size):
-                batch = collate_pairs(pairs[start : start + batch_size], pad_id=0).to(self.parts.policy.device)
-                batch = self._with_reference(batch)
-                logprob = self._logprob(batch)
-                total += float(self._loss_of(batch, logprob, 1.0)[0])
-                if batch.ref_logprob is not None:
-                    logprob = logprob - self._per_token(batch.ref_logprob, batch)
-                rewards += (self.options["beta"] * torch.stack(batch.split(logprob), 1)).tolist()
-        return pair_measures(pairs, rewards, loss=total / sum(e.weight for e in pairs))
+        return rated_pairs(self.parts, pairs, batch_size, self._rated)
+
+    def _rated(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """See `rated_pairs`: beta times the log-probs, against the reference's where there is one."""
+        pairs = self._with_reference(pairs)
+        logprob = self._logprob(pairs)
+        loss, _ = self._loss_of(pairs, logprob, 1.0)
+        if pairs.ref_logprob is not None:
+            logprob = logprob - self._per_token(pairs.ref_logprob, pairs)
+        return self.options["beta"] * logprob, loss
 
     def _with_reference(self, rows: Pairs) -> Pairs:
         """The pairs with the reference's log-probs: those that are kept, or computed as the policy's will be."""

@@ -1,17 +1,40 @@
 """How well held-out pairs of answers are told apart."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from hybrid.core import Encoded
+from hybrid.core import Encoded, Pairs
+from hybrid.data import collate_pairs
 from hybrid.functional import wins
-from hybrid.objectives.objective import Measures
+from hybrid.objectives.objective import Measures, Parts
 
-__all__ = ["expected_calibration_error", "pair_measures"]
+__all__ = ["expected_calibration_error", "pair_measures", "rated_pairs"]
 
 NUM_BINS = 10
+
+
+@torch.no_grad()
+def rated_pairs(
+    parts: Parts, pairs: Sequence[Encoded], batch_size: int, rated: Callable[[Pairs], tuple[Tensor, Tensor]]
+) -> Measures:
+    """`pair_measures` of held-out pairs, without dropout; of none there are none.
+
+    rated: of a batch the rewards of its `sides`, (2B,), and the sum of its pairs' losses, weighted.
+    """
+    if not pairs:
+        return Measures({}, [])
+    rewards: list[list[float]] = []
+    total = 0.0
+    parts.policy.eval()
+    with parts.autocast():
+        for start in range(0, len(pairs), batch_size):
+            batch = collate_pairs(pairs[start : start + batch_size], pad_id=0).to(parts.policy.device)
+            of_sides, loss = rated(batch)
+            rewards += torch.stack(batch.split(of_sides), 1).tolist()
+            total += float(loss)
+    return pair_measures(pairs, rewards, loss=total / sum(e.weight for e in pairs))
 
 
 def pair_measures(pairs: Sequence[Encoded], rewards: Sequence[Sequence[float]], *, loss: float) -> Measures:

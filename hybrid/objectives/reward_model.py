@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from hybrid.core import Encoded, InputError, Pairs
-from hybrid.data import collate_pairs
 from hybrid.functional import bradley_terry_loss
 from hybrid.objectives.accumulate import Loss, Term
 from hybrid.objectives.objective import Measures, Objective, Parts, register_objective
-from hybrid.objectives.pair_measures import expected_calibration_error, pair_measures
+from hybrid.objectives.pair_measures import expected_calibration_error, rated_pairs
 from hybrid.objectives.preference_config import PreferencesConfig
 
 __all__ = ["RewardModelObjective"]
@@ -62,20 +61,10 @@ class RewardModelObjective(Objective[Pairs]):
 
         ece: the expected calibration error of P(chosen better) = sigmoid(difference), see `expected_calibration_error`.
         """
-        pairs = [e for e in examples if e.is_pair]
-        if not pairs:
-            return Measures({}, [])
-        scores: list[list[float]] = []
-        total = 0.0
-        self.parts.policy.eval()
-        with torch.no_grad(), self.parts.autocast():
-            for start in range(0, len(pairs), batch_size):
-                batch = collate_pairs(pairs[start : start + batch_size], pad_id=0).to(self.parts.policy.device)
-                sides = self.parts.policy.scores(batch.sides.input_ids, batch.sides.attention_mask)
-                scores += torch.stack(batch.split(sides), 1).tolist()
-                total += float(self._loss_of_scores(batch, sides, 1.0)[0])
-        metrics, rows = pair_measures(pairs, scores, loss=total / sum(e.weight for e in pairs))
-        every = torch.tensor(scores, dtype=torch.float64)
+        metrics, rows = rated_pairs(self.parts, [e for e in examples if e.is_pair], batch_size, self._rated)
+        if not rows:
+            return Measures(metrics, rows)
+        every = torch.tensor([[row["chosen_reward"], row["rejected_reward"]] for row in rows], dtype=torch.float64)
         metrics |= {
             "ece": expected_calibration_error(every[:, 0] - every[:, 1]),
             "score_mean": float(every.mean()),
@@ -83,9 +72,17 @@ class RewardModelObjective(Objective[Pairs]):
         }
         return Measures(metrics, rows)
 
+    def _rated(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """See `rated_pairs`."""
+        scores = self._scores(pairs)
+        loss, _ = self._loss_of_scores(pairs, scores, 1.0)
+        return scores, loss
+
     def _loss(self, part: Pairs, num_pairs: float) -> Loss:
-        scores = self.parts.policy.scores(part.sides.input_ids, part.sides.attention_mask)
-        return self._loss_of_scores(part, scores, num_pairs)
+        return self._loss_of_scores(part, self._scores(part), num_pairs)
+
+    def _scores(self, pairs: Pairs) -> Tensor:
+        return self.parts.policy.scores(pairs.sides.input_ids, pairs.sides.attention_mask)
 
     def _loss_of_scores(self, pairs: Pairs, scores: Tensor, num_pairs: float) -> Loss:
         chosen, rejected = pairs.split(scores)

@@ -97,6 +97,11 @@ class Decoder(ABC):
             if (number := getattr(self, name)) is not None and not 0 < number < float("inf"):
                 raise InputError(f"{name} must be > 0 and finite, got {number}")
 
+    def _reward_is_asked(self, name: str, way_out: str) -> None:
+        """Refuse a reward of its own where the field `name` says that none is asked."""
+        if not self.needs_reward and getattr(self, "reward", None) is not None:
+            raise InputError(f"reward means nothing with {name} {getattr(self, name)!r}: {way_out}")
+
     def _needs_chance(self, sampling: "SamplingConfig") -> None:
         if not sampling.temperature:
             raise InputError(

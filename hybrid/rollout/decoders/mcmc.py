@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybrid.core import InputError
 from hybrid.rollout.asked import Asked
 from hybrid.rollout.decoder import Decoder, register_decoder
 from hybrid.rollout.responses import Responses
@@ -47,8 +46,7 @@ class MCMC(Decoder):
         self._positive("alpha", "beta", "proposal_temperature")
         self._at_least(1, "steps", "chains")
         self._at_least(0, "burn_in")
-        if self.target == "power" and self.reward is not None:
-            raise InputError("reward means nothing with target 'power': leave it out, or take 'tilted'")
+        self._reward_is_asked("target", "leave it out, or take 'tilted'")
 
     @property
     def needs_reward(self) -> bool:

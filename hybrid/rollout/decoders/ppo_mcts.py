@@ -42,8 +42,7 @@ class PPOMCTS(Decoder):
         self._positive("explore")
         if not 0 <= self.visits_temperature < math.inf:
             raise InputError(f"visits_temperature must be >= 0 and finite, got {self.visits_temperature}")
-        if self.ends_by == "value" and self.reward is not None:
-            raise InputError("reward means nothing with ends_by 'value': leave one of them out")
+        self._reward_is_asked("ends_by", "leave one of them out")
 
     @property
     def needs_reward(self) -> bool:

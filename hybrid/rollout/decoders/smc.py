@@ -41,8 +41,7 @@ class SMC(JudgingDecoder):
     proposal_temperature: float | None = None
 
     def __post_init__(self) -> None:
-        if self.target == "power" and self.reward is not None:
-            raise InputError("reward means nothing with target 'power': leave it out, or take 'tilted'")
+        self._reward_is_asked("target", "leave it out, or take 'tilted'")
         self._at_least(2, "n")
         self._at_least(1, "block")
         self._positive("alpha", "beta", "proposal_temperature")

@@ -48,8 +48,7 @@ class ValueGuided(Decoder):
                 f"width * branch^depth must be at most {MOST} candidates for a prompt, got {self.width} * "
                 f"{self.branch}^{self.depth} = {number}"
             )
-        if self.ends_by == "value" and self.reward is not None:
-            raise InputError("reward means nothing with ends_by 'value': leave one of them out")
+        self._reward_is_asked("ends_by", "leave one of them out")
 
     @property
     def needs_reward(self) -> bool:
