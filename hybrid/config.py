@@ -11,6 +11,7 @@ import torch
 
 from hybrid.core import InputError, check_seed, first_line, parse_yaml, unknown_name
 from hybrid.data import DataConfig
+from hybrid.distributed import DistributedConfig
 from hybrid.evaluate import EvalConfig
 from hybrid.memory import check_memory
 from hybrid.mixing import Strategy, make_strategy
@@ -26,7 +27,7 @@ from hybrid.objectives import (
     objective_class,
 )
 from hybrid.optim import check_optimizer, check_scheduler, plateau_mode
-from hybrid.rollout import KLConfig, RolloutConfig, SamplingConfig, ScoreConfig
+from hybrid.rollout import CollectOptions, KLConfig, RolloutConfig, SamplingConfig, ScoreConfig
 from hybrid.run import CheckpointConfig, write_file
 
 __all__ = ["HybridConfig", "ModelConfig", "ReferenceConfig", "RunConfig"]
@@ -141,6 +142,7 @@ class HybridConfig:
     gradient: GradientConfig = field(default_factory=GradientConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
@@ -188,6 +190,20 @@ class HybridConfig:
         if not self.sampling.temperature:
             raise InputError("config: sampling.temperature must be > 0: a rollout is learnt from as it was drawn")
         check_decoder(strategy.objectives, self.sampling.search.name, self.sampling.search.policy_window)
+
+    def collect_options(self, kl_coef: float, row_limit: int | None) -> CollectOptions:
+        """What `collect` and `assemble` take from the config alike.
+
+        row_limit: rows of PPO's microbatches that the memory has been found to allow; None: any number.
+        """
+        size = self.ppo.microbatch_size or self.ppo.minibatch_size
+        return {  # rows go through the forwards that PPO's first epoch takes them through: its first ratios are 1
+            "score": self.score,
+            "kl_coef": 0.0 if self.kl.in_loss else kl_coef,
+            "kl_kind": self.kl.kind,
+            "minibatch_size": self.ppo.minibatch_size,
+            "microbatch_size": min(size, row_limit or size),
+        }
 
     def check_rollout(self, strategy: Strategy) -> None:
         """Refuse a rollout that nothing learns from: no objective of the strategy, and none that `objectives` names."""

@@ -16,6 +16,7 @@ FLOORS = {
     "run": 1,
     "fused": 2,
     "data": 2,
+    "distributed": 2,
     "optim": 2,
     "rewards": 3,
     "models": 3,

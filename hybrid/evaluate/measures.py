@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from statistics import fmean, stdev
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from hybrid.core import Encoded, Rollout
 from hybrid.data import collate
+from hybrid.distributed import ALONE, World
 from hybrid.evaluate.config import EvalConfig
 from hybrid.evaluate.text import evaluate_texts
 from hybrid.models import Policy, Reference
@@ -38,7 +40,8 @@ def evaluate(
     metrics: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     if examples:
-        metrics = evaluate_sft(policy, examples[: config.num_examples], batch_size=config.batch_size)
+        world = ALONE if engine is None else engine.world
+        metrics = evaluate_sft(policy, examples[: config.num_examples], batch_size=config.batch_size, world=world)
     if examples and (reward is not None or config.text_metrics):
         of_responses, rows = evaluate_responses(
             policy, references, reward, examples[: config.num_prompts],
@@ -50,14 +53,22 @@ def evaluate(
 
 
 @torch.no_grad()
-def evaluate_sft(policy: Policy, examples: Sequence[Encoded], *, batch_size: int = 32) -> dict[str, float]:
+def evaluate_sft(
+    policy: Policy, examples: Sequence[Encoded], *, batch_size: int = 32, world: World = ALONE
+) -> dict[str, float]:
     """sft_loss: mean negative log-prob of the target tokens, nats.   perplexity: its exponential."""
     policy.eval()
-    total, num_tokens = 0.0, 0
-    for start in range(0, len(examples), batch_size):
+    starts = range(0, len(examples), batch_size)
+
+    def measured(start: int) -> tuple[float, int]:
         batch = collate(examples[start : start + batch_size], pad_id=0).to(policy.device)
         loss, _ = sft_batch_loss(policy, batch, SFTConfig(), num_tokens=1)
-        total, num_tokens = total + float(loss), num_tokens + batch.num_tokens
+        return float(loss), batch.num_tokens
+
+    of_batches = chain(*world.each(lambda: [measured(start) for start in starts[world.share(len(starts))]]))
+    total, num_tokens = 0.0, 0
+    for loss, tokens in of_batches:
+        total, num_tokens = total + loss, num_tokens + tokens
     if not num_tokens:
         return {}
     loss_mean = total / num_tokens
@@ -87,6 +98,7 @@ def evaluate_responses(
     left out.
     """
     generator = torch.Generator(policy.device).manual_seed(seed)
+    engine = engine or Engine(policy)
     rollouts = _rollouts(
         policy, references, reward or Unjudged(), examples,
         batch_size=batch_size, tokenizer=tokenizer, sampling=sampling, seed=seed, generator=generator, engine=engine,
@@ -117,24 +129,30 @@ def _rollouts(
     *,
     batch_size: int,
     seed: int,
+    engine: Engine,
     **options: Any,
 ) -> list[Rollout]:
     """The examples' rollouts, a batch each, after which the reward's state is what it was."""
-    state = reward.state_dict()
+    world = engine.world
+    state = world.main(reward.state_dict)
     rollouts: list[Rollout] = []
-    reward.before_evaluation(seed)
+    world.main(lambda: reward.before_evaluation(seed))
+
+    def over() -> None:
+        reward.load_state_dict(state or {})
+        reward.after_evaluation(rollouts)
+
     try:
         for start in range(0, len(examples), batch_size):
             batch = examples[start : start + batch_size]
             try:
-                rollouts.append(collect(policy, references, reward, batch, allow_gap=True, **options))
+                rollouts.append(collect(policy, references, reward, batch, engine=engine, allow_gap=True, **options))
             except AllSkipped:
                 # The last batch may be one response; only where none has a score is there nothing to measure.
                 if not rollouts and start + batch_size >= len(examples):
                     raise
     finally:
-        reward.load_state_dict(state)
-        reward.after_evaluation(rollouts)
+        world.main(over)
     return rollouts
 
 

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hybrid.core.rows import moved
+from hybrid.distributed import ALONE, World
 from hybrid.functional import autocast_dtype
 from hybrid.models import Backbone, Policy, Shadow
 from hybrid.rollout.responses import Responses
 from hybrid.rollout.sample import sample
 from hybrid.rollout.sampling import SamplingConfig
-from hybrid.rollout.steps import Graphs
+from hybrid.rollout.steps import Graphs, uniforms
 
 __all__ = ["Engine", "RolloutConfig"]
 
@@ -30,8 +32,8 @@ class Engine:
     Every call samples from the policy as it is now.
     """
 
-    def __init__(self, policy: Policy, config: RolloutConfig | None = None):
-        self.policy, self.config = policy, config or RolloutConfig()
+    def __init__(self, policy: Policy, config: RolloutConfig | None = None, world: World = ALONE):
+        self.policy, self.config, self.world = policy, config or RolloutConfig(), world
         self._shadow: Shadow | None = None
         self._graphs: Graphs | None = None
 
@@ -54,11 +56,23 @@ class Engine:
         What goes on with `begun` responses is of another shape each time: no steps are kept for it.
         """
         self.policy.eval()
-        return sample(
-            self.backbone(), prompt_ids, prompt_mask, sampling, eos_ids=eos_ids, pad_id=pad_id, repeats=repeats,
-            generator=generator, is_over=is_over, graphs=self._fixed_steps() if begun is None else None,
-            begun=begun, limit=limit,
-        )  # fmt: skip
+        backbone, rows = self.backbone(), self.world.share(len(prompt_ids))
+
+        def answered(uniform: Tensor | None = None) -> Responses:
+            return sample(
+                backbone, prompt_ids[rows], prompt_mask[rows], sampling, eos_ids=eos_ids, pad_id=pad_id,
+                repeats=repeats, generator=generator, uniform=uniform, is_over=is_over,
+                graphs=self._fixed_steps() if begun is None else None,
+                begun=None if begun is None else begun.of(rows), limit=limit,
+            )  # fmt: skip
+
+        if self.world.size == 1:
+            return answered()
+        # Every process draws the numbers of all rows: whose rows they are changes no response.
+        uniform = uniforms(sampling, len(prompt_ids) * repeats, backbone.device, generator)
+        own = uniform[:, rows.start * repeats : rows.stop * repeats]
+        parts = self.world.each(lambda: moved(answered(own), "cpu") if own.shape[1] else None)
+        return moved(Responses.widest([part for part in parts if part is not None], pad_id=pad_id), backbone.device)
 
     def backbone(self) -> Backbone:
         """What tokens are drawn from: the policy's, or its shadow with the weights as they are now."""

@@ -55,7 +55,7 @@ def respond(
         engine, prompt_ids, prompt_mask.bool(), tuple(examples), sampling,
         eos_ids=tuple(backbone.eos_ids(tokenizer)), pad_id=pad_id, repeats=samples_per_prompt, generator=generator,
         is_over=stop_rule(tokenizer, sampling.stop),
-        judge=None if judge is None else Judge(judge, tokenizer, sampling),
+        judge=None if judge is None else Judge(judge, tokenizer, sampling, engine.world),
     )  # fmt: skip
     engine.policy.eval()
     with torch.no_grad():

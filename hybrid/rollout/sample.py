@@ -29,6 +29,7 @@ def sample(
     pad_id: int = 0,
     repeats: int = 1,
     generator: torch.Generator | None = None,
+    uniform: Tensor | None = None,
     is_over: Callable[[Sequence[int]], bool] | None = None,
     graphs: Graphs | None = None,
     begun: Responses | None = None,
@@ -41,6 +42,7 @@ def sample(
         by what happened, never by comparing ids with it.
     generator: on the backbone's device; None draws from torch's global one. As many numbers are taken from it as the
         responses can need, however soon they end.
+    uniform: these numbers, (max_new_tokens, B * repeats), where they are drawn already.
     is_over: whether a response ends with the last of its ids so far (`stop_rule`), beside those that EOS ends.
     graphs: decode by steps of fixed shape, which it keeps; None: by a cache that grows. The same numbers to rounding.
     begun: what each prompt's last tokens are of its response, which is gone on with; what is returned comes after that.
@@ -59,7 +61,8 @@ def sample(
         cache = _for_rows(backbone, prompt_ids, prompt_mask, cache, seen + config.max_new_tokens, repeats)
         state = Decoding(config, ends, num_rows, seen + config.max_new_tokens, prompt_ids.device)
         steps = EagerSteps(backbone, state, cache, seen)
-    steps.state.begin(prompt_mask.repeat_interleave(repeats, 0), generator, None if begun is None else begun.lengths)
+    lengths = None if begun is None else begun.lengths
+    steps.state.begin(prompt_mask.repeat_interleave(repeats, 0), generator, lengths, uniform)
     return decoded(steps, logits, is_over=is_over, begun=begun, limit=limit)
 
 

@@ -14,7 +14,7 @@ from hybrid.models import Backbone, takes_fixed_cache
 from hybrid.rollout.draw import draw
 from hybrid.rollout.sampling import SamplingConfig
 
-__all__ = ["Decoding", "EagerSteps", "Ends", "FixedSteps", "Graphs", "Steps"]
+__all__ = ["Decoding", "EagerSteps", "Ends", "FixedSteps", "Graphs", "Steps", "uniforms"]
 
 # A captured graph serves all prompts whose tokens and responses fit into its room, a multiple of this.
 BUCKET = 64
@@ -50,12 +50,18 @@ class Decoding:
         self.taken = torch.zeros_like(self.ids, dtype=torch.bool)
         self.logprob = torch.zeros(num_rows, length, device=device)
         self.running = torch.ones(num_rows, dtype=torch.bool, device=device)
-        exact = torch.float32 if device.type == "mps" else torch.float64  # it has no other
-        self.uniform = torch.zeros(length, num_rows, dtype=exact, device=device)
+        self.uniform = torch.zeros(length, num_rows, dtype=_exact(device), device=device)
 
-    def begin(self, prompt_mask: Tensor, generator: torch.Generator | None, begun: Tensor | None = None) -> None:
+    def begin(
+        self,
+        prompt_mask: Tensor,
+        generator: torch.Generator | None,
+        begun: Tensor | None = None,
+        uniform: Tensor | None = None,
+    ) -> None:
         """Start anew behind prompts, (B, P), with all the random numbers that their responses can need.
 
+        uniform: (N, B) these numbers; None: from the generator.
         begun: (B,), how many tokens of a response stand at the prompt's end already; None: none.
         """
         self.mask.fill_(True)[:, : prompt_mask.shape[1]] = prompt_mask
@@ -67,7 +73,9 @@ class Decoding:
         self.taken.zero_()
         self.logprob.zero_()
         self.running.fill_(True)
-        if self.how.temperature:
+        if uniform is not None:
+            self.uniform.copy_(uniform)
+        elif self.how.temperature:
             torch.rand(self.uniform.shape, generator=generator, out=self.uniform)
 
     def take(self, logits: Tensor) -> None:
@@ -93,6 +101,16 @@ class Decoding:
         self.new.copy_(token.unsqueeze(1))
         self.position_ids += 1
         self.count += 1
+
+
+def uniforms(how: SamplingConfig, num_rows: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """(N, num_rows): all the random numbers that so many responses can need, as `Decoding.begin` draws them."""
+    drawn = torch.zeros(how.max_new_tokens, num_rows, dtype=_exact(device), device=device)
+    return torch.rand(drawn.shape, generator=generator, out=drawn) if how.temperature else drawn
+
+
+def _exact(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # it has no other
 
 
 class Steps(Protocol):
