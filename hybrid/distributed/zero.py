@@ -39,6 +39,8 @@ class DeepSpeed(Processes):
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         import deepspeed
 
+        # Compiled by each first process on a CPU, behind a lock that one which was killed leaves for ever.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._groups = [list(group["params"]) for group in optimizer.param_groups]
         self._used = set()
         numbers = {id(group): number for number, group in enumerate(optimizer.param_groups)}
@@ -91,13 +93,12 @@ class DeepSpeed(Processes):
         self._engine.backward(loss * self.size)
 
     def grad_norm(self, module: nn.Module) -> Tensor:
-        from deepspeed.runtime.zero.utils import combine_grad_norm_groups
-
-        norm = combine_grad_norm_groups(self._zero._get_norm_groups()) if self.config.zero_stage == 3 else (
-            self._zero.scaled_global_norm()
-        )
-        # What is not finite is -1 to DeepSpeed.
-        return torch.where(norm < 0, torch.nan, norm)
+        if self.config.zero_stage < 3:
+            norm: Tensor = self._zero.scaled_global_norm()
+            # What is not finite is -1 to DeepSpeed.
+            return torch.where(norm < 0, torch.nan, norm)
+        norms = torch.stack(self._zero._get_norm_groups())
+        return torch.where((norms < 0).any(), torch.nan, norms.norm())
 
     def step(self, module: nn.Module, optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float) -> None:
         self._engine.step()

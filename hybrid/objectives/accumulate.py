@@ -72,14 +72,15 @@ def accumulate(
     world: whose processes share each term's rows; the gradient is of all, the metrics are of this one's.
     Raises RunStopped where not even one row at a time fits.
     """
-    random_state = _random_state(optimizer)
+    device = terms[0].rows.attention_mask.device
+    random_state = _random_state(device)
     while True:
         world.drop(optimizer)
         sizes = [
             min(term.microbatch_size or len(term.rows), row_limits.get(term.name, len(term.rows))) for term in terms
         ]
         passes = [job for n, term in enumerate(terms) for job in _jobs(n, term.rows, sizes[n], world)]
-        with world.own_randomness(_device(optimizer)):
+        with world.own_randomness(device):
             outcome = _attempt(terms, passes, scaler, world)
         if not isinstance(outcome, Failure):
             return outcome
@@ -87,7 +88,7 @@ def accumulate(
         row_limits[failed.name] = _halved(failed, min(size, world.largest(len(failed.rows))), outcome.said)
         world.drop(optimizer)
         torch.cuda.empty_cache()
-        _set_random_state(optimizer, random_state)
+        _set_random_state(device, random_state)
 
 
 def _jobs(term: int, rows: Any, size: int, world: World) -> list[Job]:
@@ -174,19 +175,13 @@ def _merged(parts: list[tuple[float, dict[str, float]]]) -> dict[str, float]:
     return merged
 
 
-def _random_state(optimizer: torch.optim.Optimizer) -> tuple[Tensor, Tensor | None]:
-    """Of the CPU, and of the GPU that the parameters are on."""
-    device = _device(optimizer)
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Of the CPU, and of the GPU that the rows are on."""
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
-def _set_random_state(optimizer: torch.optim.Optimizer, state: tuple[Tensor, Tensor | None]) -> None:
+def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
     on_cpu, on_gpu = state
     torch.set_rng_state(on_cpu)
     if on_gpu is not None:
-        torch.cuda.set_rng_state(on_gpu, _device(optimizer))
-
-
-def _device(optimizer: torch.optim.Optimizer) -> torch.device:
-    device: torch.device = optimizer.param_groups[0]["params"][0].device
-    return device
+        torch.cuda.set_rng_state(on_gpu, device)
