@@ -11,12 +11,13 @@ from pathlib import Path
 from hybrid.config import HybridConfig
 from hybrid.core import InputError, RunStopped
 from hybrid.data import read_rows
+from hybrid.distributed import first_speaks, run_processes
 from hybrid.export import export
 from hybrid.fused import kernel_backend
 from hybrid.memory import memory_tables, read_memory
 from hybrid.mixing import make_strategy
 from hybrid.optim import listing, listing_markdown
-from hybrid.resume import trained_config
+from hybrid.resume import resumable, trained_config
 from hybrid.rewards import RewardError, json_spec, make_reward, reward_listing, reward_markdown, reward_schema
 from hybrid.run import (
     CONFIG,
@@ -51,9 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.command(args) or 0
     except InputError as error:
+        first_speaks()
         print(f"hybrid: {error}", file=sys.stderr)
         return 2
     except (RewardError, RunStopped) as error:
+        first_speaks()
         # What the user's own function raised keeps its traceback.
         if error.__cause__ is not None and not isinstance(error.__cause__, RewardError):
             traceback.print_exception(error.__cause__)
@@ -88,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", nargs="?", help="a YAML or JSON file")
     _add_overrides(train)
     train.add_argument("--resume", metavar="RUN", help="go on with a stopped run from its newest whole checkpoint")
+    train.add_argument("--nproc", type=int, default=1, metavar="N", help="in so many processes, by torchrun")
     train.set_defaults(command=_train)
 
     generate = commands.add_parser("generate", help="answer prompts with a trained run or any model")
@@ -148,19 +152,23 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     if args.resume is not None:
-        return _resume(Path(args.resume), [*([args.config] if args.config else []), *args.overrides])
+        overrides = [*([args.config] if args.config else []), *args.overrides]
+        return _resume(Path(args.resume), overrides, args.nproc)
     if args.config is None:
         raise InputError("train takes a CONFIG, or --resume RUN")
+    # Refused here, what is wrong is said once.
     config = HybridConfig.from_file(args.config, args.overrides)
     if config.run.output is None:
         config = replace(config, run=replace(config.run, output=f"runs/{Path(args.config).stem}"))
     if config.data.train is None:
         raise InputError("config: data.train is missing; give a file or a Hugging Face dataset")
     config.check_training(make_strategy(config.mixing))
+    if args.nproc != 1:
+        return run_processes(args.nproc, ["train", args.config, *args.overrides])
     return _run(HybridTrainer(_model_name(config), config=config))
 
 
-def _resume(folder: Path, overrides: Sequence[str]) -> int:
+def _resume(folder: Path, overrides: Sequence[str], nproc: int) -> int:
     if any("=" not in override for override in overrides):
         raise InputError("train takes a CONFIG or --resume RUN, whose config is in its folder")
     if (step := finished_step(folder)) is not None:
@@ -172,11 +180,14 @@ def _resume(folder: Path, overrides: Sequence[str]) -> int:
         print(f"{folder} is finished after step {step}: nothing is left of it")
         _show(folder)
         return 0
+    if nproc != 1:
+        resumable(folder, overrides)
+        return run_processes(nproc, ["train", "--resume", str(folder), *overrides])
     return _run(HybridTrainer.resume(folder, overrides))
 
 
 def _run(trainer: HybridTrainer) -> int:
-    print(f"device: {trainer.policy.device}, kernels: {kernel_backend(trainer.policy.device)}")
+    print(f"device: {trainer.policy.device}, kernels: {kernel_backend(trainer.policy.device)}, {trainer.world}")
     trainer.train()
     return _ended(trainer)
 

@@ -2,7 +2,7 @@
 
 from hybrid.distributed.config import DistributedConfig
 from hybrid.distributed.connect import connect
-from hybrid.distributed.launch import run_processes
+from hybrid.distributed.launch import first_speaks, run_processes
 from hybrid.distributed.world import ALONE, World
 
-__all__ = ["ALONE", "DistributedConfig", "World", "connect", "run_processes"]
+__all__ = ["ALONE", "DistributedConfig", "World", "connect", "first_speaks", "run_processes"]

@@ -1,6 +1,5 @@
 """All weights in every process, their gradients added up: torch's DistributedDataParallel."""
 
-import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,8 +19,6 @@ class DDP(Processes):
     _module: DistributedDataParallel
 
     def wrap(self, policy: nn.Module) -> None:
-        # torch's hint that all parameters were used, which is so in some steps and not in others.
-        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
         # An update without PPO does not use the value head: what nobody used has no gradient anywhere.
         self._module = DistributedDataParallel(LossModule(policy), find_unused_parameters=True, broadcast_buffers=False)
 

@@ -1,6 +1,7 @@
 """A part of all weights, gradients and optimizer states in each process: torch's `fully_shard`."""
 
 import tempfile
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ class FSDP2(Processes):
     """
 
     engine = "fsdp2"
+    whole = False
     retries = False  # out of memory, a process has left the others in the middle of their gathers
     _whole: LossModule
     _root: FSDPModule  # the same
@@ -58,9 +60,15 @@ class FSDP2(Processes):
         for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
+        # They would shard the weights again where one process alone saves them.
+        hooks = {m: m._state_dict_pre_hooks for m in self._whole.modules()}
+        for inner in hooks:
+            inner._state_dict_pre_hooks = OrderedDict()
         try:
             yield
         finally:
+            for inner, of in hooks.items():
+                inner._state_dict_pre_hooks = of
             for module in modules:
                 module.set_reshard_after_forward(module is not self._root, recurse=False)
                 module.reshard()

@@ -1,13 +1,16 @@
 """Who has started this process, and beside how many others; and starting them."""
 
+import logging
 import os
 import sys
+import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hybrid.core import InputError
 
-__all__ = ["Place", "run_processes", "slurm_variables"]
+__all__ = ["Place", "first_speaks", "run_processes", "slurm_variables"]
 
 NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -60,6 +63,12 @@ def _first_node(nodes: str) -> str:
     return name + numbers.partition("]")[0].partition(",")[0].partition("-")[0]
 
 
+def first_speaks() -> None:
+    """Let the first process say what is wrong for all: its end is the others', before they come back from here."""
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(2)
+
+
 def run_processes(count: int, arguments: Sequence[str]) -> int:
     """Run `hybrid` with the arguments in so many processes of this machine, by torchrun; its exit status.
 
@@ -70,11 +79,15 @@ def run_processes(count: int, arguments: Sequence[str]) -> int:
 
     if count < 1:
         raise InputError(f"--nproc must be at least 1, got {count}")
+    # Its processes say what went wrong themselves.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # torch's hint, of each process and each model, that an update had a use for all weights.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Each of them would take all cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        max_restarts=0, monitor_interval=0.5,
+        run_id=uuid.uuid4().hex, max_restarts=0, monitor_interval=0.5,
     )  # fmt: skip
     try:
         elastic_launch(config, sys.executable)("-m", "hybrid", *arguments)

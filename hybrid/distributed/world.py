@@ -31,7 +31,11 @@ class World:
     engine = "local"
     rank = 0
     size = 1
+    whole = True  # whether each process holds all weights all the time
     retries = True  # whether an update that ran out of memory can be tried again
+
+    def __str__(self) -> str:
+        return "1 process" if self.size == 1 else f"{self.size} processes by {self.engine}"
 
     @property
     def writes(self) -> bool:

@@ -26,7 +26,7 @@ class DeepSpeed(Processes):
     """
 
     engine = "deepspeed"
-    retries = False  # out of memory, a process has left the others in the middle of their gathers
+    retries = False  # out of memory, a process has left the others in the middle of their sums
     _module: LossModule
     _engine: Any  # deepspeed's
     _groups: list[list[nn.Parameter]]
@@ -34,6 +34,7 @@ class DeepSpeed(Processes):
 
     def wrap(self, policy: nn.Module) -> None:
         self._module = LossModule(policy)
+        self.whole = self.config.zero_stage < 3
 
     def adopt(self, optimizer: torch.optim.Optimizer, *, max_norm: float) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")

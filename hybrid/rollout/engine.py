@@ -78,7 +78,7 @@ class Engine:
         """What tokens are drawn from: the policy's, or its shadow with the weights as they are now."""
         backbone = self.policy.backbone
         dtype = autocast_dtype(backbone.device)
-        if not self.config.shadow or dtype is None:
+        if not self.config.shadow or dtype is None or not self.world.whole:
             return backbone
         if self._shadow is None or not self._shadow.is_of(backbone, dtype):
             self._shadow = Shadow(backbone, dtype)
@@ -89,7 +89,7 @@ class Engine:
 
     def _fixed_steps(self) -> Graphs | None:
         """Steps of fixed shape, where they gain: captured on a GPU, compiled anywhere."""
-        captures = self.config.cuda_graphs and self.policy.device.type == "cuda"
+        captures = self.config.cuda_graphs and self.policy.device.type == "cuda" and self.world.whole
         compiles = self.policy.backbone.is_compiled
         if self._graphs is None and (captures or compiles):
             self._graphs = Graphs(captures=captures, compiles=compiles)

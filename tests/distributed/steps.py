@@ -10,8 +10,6 @@ from hybrid import HybridConfig, Learner
 
 ROWS = [{"prompt": f"Tell me about day {i}.", "target": " ".join(["It was good."] * (1 + i % 4))} for i in range(12)]
 PAIRS = [{**row, "chosen": row["target"], "rejected": f"Bad {i}, " * (i % 3 + 1)} for i, row in enumerate(ROWS)]
-# What each step trains, of how many rows: 5 is no multiple of 2 or 3, and of 1 row all processes but one have none.
-STEPS = ("sft", "one", "ppo", "grpo", "dpo", "joint")
 
 
 def reward(responses):
