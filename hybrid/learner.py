@@ -303,13 +303,15 @@ class Learner(Supply):
         """
         eos_ids = self.policy.backbone.eos_ids(self.tokenizer)
         given = from_lists(queries, responses, scores, eos_ids=eos_ids, logprobs=logprobs, device=self.policy.device)
+        decoder = self.config.sampling.search
         with self.autocast():
             rollout = assemble(
                 self.policy,
                 self.references,
                 *given,
                 temperature=self.config.sampling.temperature,
-                decoder=self.config.sampling.search if self.config.sampling.search.is_policy else None,
+                decoder=decoder.name if decoder.is_policy else "sample",
+                window=decoder.policy_window,
                 **self._collect_options(),
             )
         check_groups(rollout, self.config.ppo)
