@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny import tiny_policy
 from toy import EOS, TableJudge, ToyPolicy, exact_logprob, random_table, sequences, shares, total_variation, toy_asked
 
 from hybrid.core import InputError
@@ -31,10 +32,10 @@ def large_parts(monkeypatch):
     monkeypatch.setattr(asked, "ROWS", 10**7)
 
 
-def answers(spec, policy=None, *, judge=JUDGE, repeats=MANY, seed=0, **sampling):
+def answers(spec, policy=None, *, prompt=PROMPT, judge=JUDGE, repeats=MANY, seed=0, **sampling):
     policy = ToyPolicy(TABLE) if policy is None else policy
     question = toy_asked(
-        policy, PROMPT, judge=judge, repeats=repeats, seed=seed, **{"max_new_tokens": LENGTH, **sampling}
+        policy, prompt, judge=judge, repeats=repeats, seed=seed, **{"max_new_tokens": LENGTH, **sampling}
     )
     with torch.no_grad():
         return make_decoder(spec).answers(question)
@@ -362,3 +363,13 @@ def test_bad_input_is_refused_by_name(spec, said):
 def test_what_needs_chance_refuses_temperature_0(kind):
     with pytest.raises(InputError, match=f"{kind}.*temperature > 0"):
         SamplingConfig(decoder={"type": kind}, temperature=0.0)
+
+
+def test_what_is_proposed_never_leaves_the_models_context():
+    policy, prompt = tiny_policy("gpt2").eval(), tuple(range(3, 53))
+    context = policy.backbone.context_length
+    room = context - len(prompt)
+    # Chains that are cut in unlike places are drawn side by side, and a position past the last is an IndexError.
+    whole = {"max_new_tokens": room, "min_new_tokens": room}
+    found = answers({"type": "mcmc", "steps": 4}, policy, prompt=prompt, judge=None, repeats=8, **whole)
+    assert found.lengths.tolist() == [room] * 8
