@@ -361,6 +361,8 @@ def test_a_response_is_never_shorter_than_min_new_tokens(kind):
         ({"type": "value_guided", "width": 5000}, "must be at most 4096 candidates"),
         ({"type": "markov"}, "sampling.decoder.window is missing"),
         ({"type": "markov", "window": 0}, "sampling.decoder.window must be at least 1"),
+        ({"type": "smc", "target": "power", "by": "value"}, "by means nothing with target 'power'"),
+        ({"typ": "best_of_n"}, "sampling.decoder.typ: unknown parameter.*did you mean 'type'"),
         ({"type": "best_of_m"}, "best_of_n"),
         ({"type": "mcmc", "step": 3}, "steps"),
         ({"type": "mcmc", "reward": {"type": "length_window", "max": 9}}, "reward means nothing"),
