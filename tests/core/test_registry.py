@@ -34,7 +34,7 @@ def test_an_entry_point_may_name_the_module_that_registers(tmp_path, monkeypatch
 def test_an_entry_point_that_leads_to_nothing_is_told(tmp_path, monkeypatch):
     install(tmp_path, monkeypatch, "no_things", "", "modest = no_things")
     with pytest.raises(
-        InputError, match="'modest' of the group 'hybrid.thing' leads to 'no_things', which is no class"
+        InputError, match=r"'modest' of the group 'hybrid\.thing' leads to 'no_things', which is no class"
     ):
         Registry("thing")["modest"]
 
