@@ -308,13 +308,15 @@ class Learner(Supply):
         """
         eos_ids = self.policy.backbone.eos_ids(self.tokenizer)
         given = from_lists(queries, responses, scores, eos_ids=eos_ids, logprobs=logprobs, device=self.policy.device)
+        decoder = self.config.sampling.search
         with self.world.gathered(), self.autocast():
             rollout = assemble(
                 self.policy,
                 self.references,
                 *given,
                 temperature=self.config.sampling.temperature,
-                decoder=self.config.sampling.search if self.config.sampling.search.is_policy else None,
+                decoder=decoder.name if decoder.is_policy else "sample",
+                window=decoder.policy_window,
                 world=self.world,
                 **self._collect_options(),
             )

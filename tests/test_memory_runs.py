@@ -173,9 +173,10 @@ def test_a_memory_without_a_reward_is_refused(tokenizer):
 # Stale rows in PPO
 
 
-def stale_trainer(tokenizer, staleness, **ppo):
+def stale_trainer(tokenizer, staleness, sampling=None, **ppo):
     memory = {"type": "experience", "staleness": staleness, "replay_share": 0.5, "uniform": 1.0}
-    return trainer_of(tokenizer, memory=memory, ppo={**IMPORTANCE, **ppo})
+    sections = {} if sampling is None else {"sampling": sampling}
+    return trainer_of(tokenizer, memory=memory, ppo={**IMPORTANCE, **ppo}, **sections)
 
 
 def test_with_staleness_0_ppo_is_what_it_was_bit_for_bit(tokenizer):
@@ -219,6 +220,17 @@ def test_stale_rows_stand_behind_the_fresh_ones_scored_by_the_policy_of_now(toke
         assert any(torch.equal(drawn, old.sampling_logprob[i][old.mask[i]]) for i in match)
         # The policy has moved since: its log-probs are not those that were drawn with, nor those of the old rollout.
         assert not torch.allclose(joined.old_logprob[row][joined.mask[row]], drawn, atol=1e-3)
+
+
+def test_stale_rows_are_scored_in_the_window_that_they_were_drawn_in(tokenizer):
+    trainer = stale_trainer(tokenizer, 3, sampling={"max_new_tokens": 6, "decoder": {"type": "markov", "window": 3}})
+    trainer.rollout(trainer.next_prompts())
+    joined = trainer.objectives["ppo"].learnt(trainer.rollout(trainer.next_prompts()))
+    assert joined.window == 3 and len(joined) > 8
+    # Nothing was learnt in between: the policy of now is the one that drew.
+    torch.testing.assert_close(joined.old_logprob, joined.sampling_logprob, atol=2e-5, rtol=2e-5)
+    _, metrics = trainer.objectives["ppo"].term(joined).loss_of(joined)
+    assert float(metrics["ratio_max"]) == pytest.approx(1, abs=1e-4)  # other rows share a forward
 
 
 def test_the_importance_weight_is_the_policy_of_now_over_the_one_that_drew(tokenizer):
@@ -297,7 +309,7 @@ def replay_best(tokenizer):
 def likelihood(trainer, kept):
     from hybrid.objectives.earlier import rescored
 
-    rows = rescored(kept, trainer, (), 1.0, None, {})
+    rows = rescored(kept, trainer, (), trainer.rollout(trainer.next_prompts()), None, {})
     return float(rows.old_logprob[rows.mask].mean())
 
 

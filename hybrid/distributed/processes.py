@@ -1,6 +1,7 @@
 """Several processes: what they say to each other beside gradients."""
 
 import datetime
+import io
 import logging
 import os
 import pickle
@@ -75,12 +76,10 @@ class Processes(World):
                 outcome = True, work()
         except Exception as error:  # noqa: BLE001 - raised again below, in every process
             own, outcome = error, (False, _told(error))
-        if self.size == 1:
-            outcomes = [outcome]
-        else:
-            outcomes = [(True, None)] * self.size
-            with self._standing(True):
-                dist.all_gather_object(outcomes, outcome, group=self._objects)
+        packed = [b""] * self.size
+        with self._standing(True):
+            dist.all_gather_object(packed, _packed(outcome), group=self._objects)
+        outcomes = [torch.load(io.BytesIO(x), map_location="cpu", weights_only=False) for x in packed]
         for rank, (well, made) in enumerate(outcomes):
             if not well:
                 raise own if rank == self.rank and own is not None else _as_told(rank, made)
@@ -136,6 +135,13 @@ def _silence() -> None:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
+
+
+def _packed(outcome: Any) -> bytes:
+    """As bytes, in which no tensor is on a device of this process's own."""
+    buffer = io.BytesIO()
+    torch.save(outcome, buffer)
+    return buffer.getvalue()
 
 
 def _told(error: Exception) -> Any:

@@ -1,5 +1,6 @@
 """Experience: what happened to every prompt, which decides when it comes again, and its best responses."""
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -61,15 +62,17 @@ class Experience(Memory):
         for name in ("unseen", "uniform", "rate", "replay_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if not self.interval > 0:
-            raise InputError(f"interval must be > 0 steps, got {self.interval}")
+        if not 0 < self.interval < math.inf:
+            raise InputError(f"interval must be > 0 steps and finite, got {self.interval}")
+        if not math.isfinite(self.success):
+            raise InputError(f"success must be a finite score, got {self.success}")
         low, high = [*self.thresholds, 0, 0][:2]
         if len(self.thresholds) != 2 or not 0 <= low <= high <= 1:
             raise InputError(f"thresholds must be two numbers in [0, 1], the lower one first, got {self.thresholds}")
         for name in self.shares:
             if name not in CLASSES:
                 raise unknown_name("class of prompts: memory.shares.", str(name), CLASSES)
-        if min(self.shares.values(), default=-1) < 0 or abs(sum(self.shares.values()) - 1) > 1e-6:
+        if not (all(share >= 0 for share in self.shares.values()) and abs(sum(self.shares.values()) - 1) <= 1e-6):
             raise InputError(f"shares must be at least 0 and add up to 1, got {self.shares}")
         self.records: dict[str, Record] = {}
         self.recent: deque[Visit] = deque()  # whole visits of the last `staleness` steps

@@ -88,12 +88,12 @@ class Asked:
     ) -> Responses:
         """The first `keep` tokens of each row, (R,), and what is drawn behind them, up to `limit` tokens or the end.
 
-        rows: (R, width), with log-probs, of which none has to have ended in what is kept.
-        Returns (R, width); the log-probs are those of what each token was drawn from.
+        rows: (R, N), with log-probs, of which none has to have ended in what is kept; N tokens at most there will be.
+        Returns (R, N); the log-probs are those of what each token was drawn from.
         """
         kept = _cut(rows, keep, self.pad_id)
         ids, mask = self._read(prompts, kept)
-        room = int(self.width - keep.min())
+        room = int(rows.ids.shape[1] - keep.min())
         new = self.engine.generate(
             ids, mask, (sampling or self.sampling).drawing(), eos_ids=self.eos_ids, pad_id=self.pad_id,
             generator=self.generator, is_over=self.is_over, begun=kept, limit=min(limit or room, room),

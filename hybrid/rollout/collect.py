@@ -14,7 +14,6 @@ from hybrid.distributed import ALONE, World
 from hybrid.functional import kl_estimate, masked_sum, masked_whiten, token_reward
 from hybrid.models import Backbone, Policy, Reference, before_response, response_stats
 from hybrid.rewards import AllSkipped, Reward, RewardOutput
-from hybrid.rollout.decoder import Decoder
 from hybrid.rollout.engine import Engine
 from hybrid.rollout.gap import check_sampling_gap
 from hybrid.rollout.judge import judged
@@ -107,7 +106,8 @@ def collect(
             # Of a greedy response there is no distribution: its log-probs are the model's own.
             temperature=sampling.temperature or 1.0,
             group=torch.tensor([i // samples_per_prompt for i in kept], device=prompt_ids.device),
-            decoder=sampling.search,
+            decoder=sampling.search.name,
+            window=sampling.search.policy_window,
             world=engine.world,
             **options,
         )  # fmt: skip
@@ -152,17 +152,17 @@ def assemble(
     minibatch_size: int | None = None,
     microbatch_size: int | None = None,
     group: Tensor | None = None,
-    decoder: Decoder | None = None,
+    decoder: str = "sample",
+    window: int | None = None,
     world: World = ALONE,
 ) -> Rollout:
     """The rollout of responses that are already there: old log-probs, values, reference log-probs, KL, rewards.
 
     prompt_ids, prompt_mask: (B, P), left-padded.   scores: (B,), or (B, T) for a score per token.
     group: (B,) int64, equal where the rows answer the same prompt; None: where their prompts have the same tokens.
-    decoder: what found the responses, whose window the log-probs have; None: they were drawn.
+    decoder: what found the responses.   window: the tokens that it lets the policy see, in all log-probs; None: all.
     world: whose processes share the rows; all of them have the whole rollout.
     """
-    window = None if decoder is None else decoder.policy_window
     policy.eval()
     input_ids = torch.cat([prompt_ids, responses.ids], 1)
     attention_mask = torch.cat([prompt_mask.bool(), responses.mask], 1)
@@ -206,7 +206,7 @@ def assemble(
         temperature=temperature,
         group=prompt_groups(prompt_ids, prompt_mask) if group is None else group,
         sampling_logprob=responses.logprob,
-        decoder="sample" if decoder is None else decoder.name,
+        decoder=decoder,
         window=window,
         **stats,
     )

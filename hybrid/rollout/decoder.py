@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from hybrid.core import InputError, Registry, build
+from hybrid.core import InputError, Registry, build, check_settings
 from hybrid.rewards import Reward, make_reward
 
 if TYPE_CHECKING:
@@ -134,7 +134,9 @@ def make_decoder(spec: Any) -> Decoder:
         raise InputError(f"sampling.decoder must be a mapping with a type, or a Decoder, got {spec!r:.60}")
     settings = {key: value for key, value in spec.items() if key != "type"}
     name = spec.get("type", "sample")
-    decoder: Decoder = build(_decoders[name], settings, what=f"decoder {name!r}", path="sampling.decoder")
+    what, path = f"decoder {name!r}", "sampling.decoder"
+    check_settings(_decoders[name], settings, what=what, path=path, also=["type"])
+    decoder: Decoder = build(_decoders[name], settings, what=what, path=path)
     decoder.own_reward  # noqa: B018 - a bad spec is refused here; nothing is loaded before its first score
     return decoder
 

@@ -34,6 +34,7 @@ class Decoding:
     last.   position_ids: (B, 1), theirs.   count: (), how many came.
     ids, taken, logprob: (B, N), as in `Responses`.   running: (B,), whether a row goes on.
     begun: (B, 1), tokens that a response had before.
+    last_position: (B, 1), that of the last token that a response has room for; what is drawn past it stays there.
     broken_at: (), the first token whose logits were not finite; N: none.
     """
 
@@ -43,6 +44,7 @@ class Decoding:
         self.mask = torch.ones(num_rows, room, dtype=torch.bool, device=device)
         self.new = torch.zeros(num_rows, 1, dtype=torch.long, device=device)
         self.position_ids = torch.zeros_like(self.new)
+        self.last_position = torch.zeros_like(self.new)
         self.count = torch.zeros((), dtype=torch.long, device=device)
         self.broken_at = torch.zeros_like(self.count)
         self.begun = torch.zeros_like(self.new)
@@ -68,6 +70,7 @@ class Decoding:
         self.position_ids.copy_(prompt_mask.sum(1, keepdim=True) - 1)
         self.count.zero_()
         self.begun.zero_() if begun is None else self.begun.copy_(begun.unsqueeze(1))
+        self.last_position.copy_(self.position_ids + self.how.max_new_tokens - self.begun)
         self.broken_at.fill_(self.how.max_new_tokens)
         self.ids.fill_(self.pad_id)
         self.taken.zero_()
@@ -99,7 +102,7 @@ class Decoding:
         self.logprob.index_copy_(1, at, torch.where(self.running, logprob, 0.0).unsqueeze(1))
         self.running &= ~(token.unsqueeze(1) == self.eos).any(1)
         self.new.copy_(token.unsqueeze(1))
-        self.position_ids += 1
+        torch.minimum(self.position_ids + 1, self.last_position, out=self.position_ids)
         self.count += 1
 
 
