@@ -114,8 +114,8 @@ class Learner(Supply):
         self.folder = None if config.run.output is None else open_run_folder(config.run.output)
         examples = read_examples_of(config, train_data, eval_data, ptx_data, preference_data, self.reward)
         context = model_context(source)
-        config.check_decoders(context)
         self.tokenizer = load_tokenizer(source, tokenizer)
+        config.check_decoders(context, self.tokenizer)
         self.corpus = encoded_corpus(config, self.tokenizer, examples, context=context)
         # A bare prompt goes through the template that the data's prompts went through, in later commands too.
         config = replace(config, data=replace(config.data, template=self.corpus.prompt_template))
@@ -129,6 +129,8 @@ class Learner(Supply):
             if other.model is not None and reference is None:
                 model_context(other.model)
         self.policy, self.references = build_models(source, reference, config, self.tokenizer)
+        for decoder in config.decoders:
+            decoder.check_policy(self.policy)
         if scores:
             self.policy.add_reward_head()
         if self.reward is not None:

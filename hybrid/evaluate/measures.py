@@ -11,10 +11,11 @@ from hybrid.core import Encoded, Rollout
 from hybrid.data import collate
 from hybrid.evaluate.config import EvalConfig
 from hybrid.evaluate.text import evaluate_texts
+from hybrid.functional import sft_loss
 from hybrid.models import Policy, Reference
 from hybrid.objectives import SFTConfig, sft_batch_loss
 from hybrid.rewards import AllSkipped, Reward, Unjudged
-from hybrid.rollout import Engine, SamplingConfig, collect
+from hybrid.rollout import Decoder, Engine, SamplingConfig, collect
 
 __all__ = ["distinct_n", "evaluate", "evaluate_responses", "evaluate_sft", "sample_rows"]
 
@@ -38,7 +39,10 @@ def evaluate(
     metrics: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     if examples:
-        metrics = evaluate_sft(policy, examples[: config.num_examples], batch_size=config.batch_size)
+        metrics = evaluate_sft(
+            policy, examples[: config.num_examples], batch_size=config.batch_size,
+            decoder=config.sampling(sampling).search,
+        )  # fmt: skip
     if examples and (reward is not None or config.text_metrics):
         of_responses, rows = evaluate_responses(
             policy, references, reward, examples[: config.num_prompts],
@@ -50,18 +54,30 @@ def evaluate(
 
 
 @torch.no_grad()
-def evaluate_sft(policy: Policy, examples: Sequence[Encoded], *, batch_size: int = 32) -> dict[str, float]:
-    """sft_loss: mean negative log-prob of the target tokens, nats.   perplexity: its exponential."""
+def evaluate_sft(
+    policy: Policy, examples: Sequence[Encoded], *, batch_size: int = 32, decoder: Decoder | None = None
+) -> dict[str, float]:
+    """sft_loss: mean negative log-prob of the target tokens, nats.   perplexity: its exponential.
+
+    decoder/sft_loss, decoder/perplexity: the same under what the decoder draws from, where it is one that knows it and
+    is not the policy (`Decoder.batch_logprob`).
+    """
     policy.eval()
-    total, num_tokens = 0.0, 0
+    totals: dict[str, float] = {}
+    num_tokens = 0
     for start in range(0, len(examples), batch_size):
         batch = collate(examples[start : start + batch_size], pad_id=0).to(policy.device)
         loss, _ = sft_batch_loss(policy, batch, SFTConfig(), num_tokens=1)
-        total, num_tokens = total + float(loss), num_tokens + batch.num_tokens
-    if not num_tokens:
-        return {}
-    loss_mean = total / num_tokens
-    return {"sft_loss": loss_mean, "perplexity": math.exp(min(loss_mean, 700.0))}
+        losses = {"": float(loss)}
+        if decoder is not None and (of_decoder := decoder.batch_logprob(policy, batch)) is not None:
+            losses["decoder/"] = float(sft_loss(*of_decoder, num_tokens=1)[0])
+        totals = {name: totals.get(name, 0.0) + loss for name, loss in losses.items()}
+        num_tokens += batch.num_tokens
+    metrics: dict[str, float] = {}
+    for name, total in totals.items() if num_tokens else ():
+        loss_mean = total / num_tokens
+        metrics |= {f"{name}sft_loss": loss_mean, f"{name}perplexity": math.exp(min(loss_mean, 700.0))}
+    return metrics
 
 
 def evaluate_responses(

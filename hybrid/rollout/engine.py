@@ -11,7 +11,7 @@ from hybrid.models import Backbone, Policy, Shadow
 from hybrid.rollout.responses import Responses
 from hybrid.rollout.sample import sample
 from hybrid.rollout.sampling import SamplingConfig
-from hybrid.rollout.steps import Graphs
+from hybrid.rollout.steps import Graphs, Speaker
 
 __all__ = ["Engine", "RolloutConfig"]
 
@@ -48,14 +48,18 @@ class Engine:
         is_over: Callable[[Sequence[int]], bool] | None = None,
         begun: Responses | None = None,
         limit: int | None = None,
+        through: Callable[[Backbone], Speaker] | None = None,
     ) -> Responses:
         """`repeats` responses to each prompt, without dropout; see `sample`.
 
+        through: makes of the backbone what speaks in its place.
         What goes on with `begun` responses is of another shape each time: no steps are kept for it.
         """
         self.policy.eval()
+        backbone = self.backbone()
+        speaker = backbone if through is None else through(backbone)
         return sample(
-            self.backbone(), prompt_ids, prompt_mask, sampling, eos_ids=eos_ids, pad_id=pad_id, repeats=repeats,
+            speaker, prompt_ids, prompt_mask, sampling, eos_ids=eos_ids, pad_id=pad_id, repeats=repeats,
             generator=generator, is_over=is_over, graphs=self._fixed_steps() if begun is None else None,
             begun=begun, limit=limit,
         )  # fmt: skip
