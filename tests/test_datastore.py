@@ -156,7 +156,7 @@ class Other:
 def store_of_another(folder, tokenizer):
     info = DatastoreInfo.of("another/one", torch.nn.Linear(2, 2), tokenizer, hidden_size=64)
     with filled_datastore(folder, info) as add:
-        add(torch.zeros(5, 64), torch.zeros(5))
+        add(torch.eye(5, 64), torch.zeros(5))
     return str(folder)
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -24,6 +24,8 @@ KeyDtype = Literal["float16", "float32"]
 Search = Literal["exact", "faiss"]
 # faiss learns its cells from so many keys, and looks into so many of them for a query.
 TRAINED_ON, PROBED = 100_000, 32
+# The keys whose nearest other one is looked for, to know how far apart they are.
+MEASURED = 256
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class DatastoreInfo:
     hidden_size: int
     dtype: KeyDtype  # of the keys
     count: int = 0
+    distance: float = 0.0  # squared, of a key to the nearest other one: the mean over some
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(KeyDtype):
@@ -181,10 +184,12 @@ def filled_datastore(folder: str | Path, info: DatastoreInfo, *, index: bool = F
                 count += len(values)
 
             yield add
-        written = asdict(info) | {"count": count}
-        (temporary / META).write_text(json.dumps(written, indent=2) + "\n", "utf-8")
-        if index:
-            _write_index(Datastore(temporary))
+        _write_info(temporary, replace(info, count=count))
+        if count:
+            store = Datastore(temporary)
+            _write_info(temporary, replace(store.info, distance=_distance(store)))
+            if index:
+                _write_index(store)
 
 
 def check_place(folder: Path) -> None:
@@ -203,6 +208,16 @@ def trunk_name(trunk: nn.Module) -> str:
         digest.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
         digest.update(flat[picked].double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _write_info(folder: Path, info: DatastoreInfo) -> None:
+    (folder / META).write_text(json.dumps(asdict(info), indent=2) + "\n", "utf-8")
+
+
+def _distance(store: Datastore) -> float:
+    some = torch.arange(0, len(store), max(1, len(store) // MEASURED))[:MEASURED]
+    squared, _ = nearest(store.keys[some].float(), store.keys, min(2, len(store)))
+    return float(squared[:, -1].mean())
 
 
 def _write_index(store: Datastore) -> None:

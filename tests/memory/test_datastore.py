@@ -60,6 +60,19 @@ def test_the_nearest_come_with_their_values(tmp_path, keys):
     assert values[:, 0].tolist() == [9, 123]
 
 
+def test_a_store_knows_how_far_apart_its_keys_are(tmp_path, keys):
+    store = written(tmp_path / "store", keys, VALUES, "float32")
+    others = torch.cdist(keys, keys).fill_diagonal_(torch.inf).amin(1).square()
+    assert store.info.distance == pytest.approx(float(others.mean()), rel=1e-5)
+    assert Datastore(store.folder).info == store.info
+    assert written(tmp_path / "one", keys[:1], VALUES[:1]).info.distance == 0
+
+
+def test_a_store_of_nothing_is_refused(tmp_path, keys):
+    with pytest.raises(InputError, match="store' is empty"):
+        written(tmp_path / "store", keys[:0], VALUES[:0])
+
+
 def test_reading_changes_nothing_on_the_disk(tmp_path, keys):
     store = written(tmp_path / "store", keys, VALUES, "float32")
     before = (store.folder / "keys.bin").read_bytes()

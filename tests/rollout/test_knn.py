@@ -164,6 +164,19 @@ def test_bad_settings_are_refused_by_name(folder, settings, said):
         SamplingConfig(decoder=spec(folder, **settings))
 
 
+def test_the_temperature_is_the_keys_own_distance_where_none_is_given(policy, folder, tmp_path):
+    decoder = make_decoder(spec(folder, temperature=None))
+    keys, _ = memory()
+    others = torch.cdist(keys, keys).fill_diagonal_(torch.inf).amin(1).square()
+    assert decoder.scale == pytest.approx(float(others.mean()), rel=1e-5)
+    same = DatastoreInfo.of("toy", policy.backbone, Letters(), hidden_size=4)
+    with filled_datastore(tmp_path / "same", same) as add:
+        add(keys[:1].expand(3, -1), torch.tensor([0, 1, 2]))
+    with pytest.raises(InputError, match=r"sampling.decoder.temperature is missing: all keys .* are the same"):
+        make_decoder(spec(str(tmp_path / "same"), k=2, temperature=None))
+    make_decoder(spec(str(tmp_path / "same"), k=2, temperature=1.0))
+
+
 def test_neighbours_alone_do_not_go_with_a_least_length(folder):
     with pytest.raises(InputError, match=r"lam 1 does not go with sampling.min_new_tokens"):
         SamplingConfig(decoder=spec(folder, lam=1.0), min_new_tokens=2)

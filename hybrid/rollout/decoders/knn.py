@@ -29,6 +29,7 @@ class KNN(Decoder):
 
     d²: between the hidden state that the LM head reads and a key.   p_policy: at temperature 1; what `sampling` has to
     say (temperature, top_k, ...) is done to p.
+    temperature: None: how far apart the datastore's keys are, squared, which is another number for every model.
     search: exact, over all keys; faiss, by the datastore's index.
     The keys are hidden states of one policy, as it was: another one is refused, and so is a run that would train it.
     Source: Khandelwal et al. 2020 (arXiv:1911.00172), who take the state before the last layer's feed-forward block for
@@ -38,7 +39,7 @@ class KNN(Decoder):
     datastore: str
     k: int = 32
     lam: float = 0.25
-    temperature: float = 10.0
+    temperature: float | None = None
     search: Search = "exact"
 
     of_one_policy: ClassVar[bool] = True
@@ -49,10 +50,17 @@ class KNN(Decoder):
         self._positive("temperature")
         object.__setattr__(self, "_store", Datastore(self.datastore))
         self.store.check_search(self.k, self.search)
+        if not (self.temperature or self.store.info.distance):
+            raise InputError(f"temperature is missing: all keys of the datastore {self.datastore!r} are the same")
 
     @property
     def store(self) -> Datastore:
         return vars(self)["_store"]
+
+    @property
+    def scale(self) -> float:
+        """The temperature that is used."""
+        return self.store.info.distance if self.temperature is None else self.temperature
 
     def check_sampling(self, sampling: SamplingConfig) -> None:
         if self.lam == 1 and sampling.min_new_tokens:
@@ -73,7 +81,7 @@ class KNN(Decoder):
         hidden = policy.backbone(batch.input_ids, batch.attention_mask, batch.position_ids)
         logprob, trained = label_logprob(policy.backbone, hidden, batch)
         squared, values = self.store.nearest(hidden[:, :-1][trained], self.k, self.search)
-        prob = knn_label_prob(squared, values, batch.labels[:, 1:][trained], temperature=self.temperature)
+        prob = knn_label_prob(squared, values, batch.labels[:, 1:][trained], temperature=self.scale)
         return logprob.masked_scatter(trained, mixed_logprob(logprob[trained], prob, self.lam)), trained
 
 
@@ -91,5 +99,5 @@ class _Mixture:
         if not knn.lam:
             return logits, cache
         squared, values = knn.store.nearest(hidden, knn.k, knn.search)
-        prob = knn_prob(squared, values, logits.shape[1], temperature=knn.temperature)
+        prob = knn_prob(squared, values, logits.shape[1], temperature=knn.scale)
         return mixed_logprob(torch.log_softmax(logits, 1), prob, knn.lam), cache
