@@ -324,7 +324,7 @@ class Learner(Supply):
         if isinstance(texts, str) or not isinstance(texts, Iterable):
             raise InputError(f"generate takes a list of texts, got {texts!r:.60}; [text] is a list of one")
         sampling = sampling or self.config.sampling
-        examples, size = [self.corpus.prompt(text) for text in texts], self.config.eval.batch_size
+        examples, size = self.shown([self.corpus.prompt(text) for text in texts]), self.config.eval.batch_size
         answers: list[str] = []
         with self.autocast():
             for start in range(0, len(examples), size):
@@ -347,8 +347,8 @@ class Learner(Supply):
         config = self.config.eval
         with self.autocast():
             metrics, rows = evaluate(
-                self.policy, self.references, self.reward, self.corpus.eval, config,
-                tokenizer=self.tokenizer, sampling=self.config.sampling, engine=self.engine,
+                self.policy, self.references, self.reward, self.corpus.eval, config, tokenizer=self.tokenizer,
+                sampling=self.config.sampling, engine=self.engine, shown=self.shown,
             )  # fmt: skip
         held_out = self.corpus.held_out_preferences[: config.num_examples]
         for name in sorted({*self.strategy.objectives, *self.objectives}):

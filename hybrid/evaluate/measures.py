@@ -1,7 +1,7 @@
 """What the policy says to prompts it has not seen, and how well it still knows the language."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
@@ -30,11 +30,13 @@ def evaluate(
     tokenizer: Any,
     sampling: SamplingConfig,
     engine: Engine | None = None,
+    shown: Callable[[Sequence[Encoded]], Sequence[Encoded]] = list,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """All that `config` asks to measure on the held-out examples, and a row for each response that was measured.
 
     sampling: that of the training, which the config may change. Prompts are answered where there is something to
     measure of the answers: a reward, or text metrics.
+    shown: makes of examples what is answered; the losses are of the examples themselves.
     """
     metrics: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
@@ -45,7 +47,7 @@ def evaluate(
         )  # fmt: skip
     if examples and (reward is not None or config.text_metrics):
         of_responses, rows = evaluate_responses(
-            policy, references, reward, examples[: config.num_prompts],
+            policy, references, reward, shown(examples[: config.num_prompts]),
             tokenizer=tokenizer, sampling=config.sampling(sampling), text_metrics=config.text_metrics,
             batch_size=config.batch_size, seed=config.seed, engine=engine,
         )  # fmt: skip
