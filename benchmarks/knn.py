@@ -61,11 +61,11 @@ class Size:
     choose: int
     report: int
     window: int = 256
-    ks: Sequence[int] = (8, 32, 128)
+    ks: Sequence[int] = (8, 32, 128, 512, 1024)
 
 
-STORIES = Size(200_000, 4_000, 8_000)
-SIZES = {"stories260k": STORIES, "stories260k trained": STORIES, "smollm2": Size(8_000, 1_500, 2_500)}
+STORIES = Size(100_000, 3_000, 5_000)
+SIZES = {"stories260k": STORIES, "stories260k trained": STORIES, "smollm2": Size(6_000, 1_000, 1_500)}
 QUICK = Size(2_000, 500, 500, window=64, ks=(4, 16))
 
 
