@@ -10,10 +10,10 @@ import json
 import sys
 import tempfile
 import time
-from functools import partial
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from statistics import fmean, median

@@ -27,7 +27,7 @@ from hybrid.objectives import (
     objective_class,
 )
 from hybrid.optim import check_optimizer, check_scheduler, plateau_mode
-from hybrid.rollout import CollectOptions, KLConfig, RolloutConfig, SamplingConfig, ScoreConfig
+from hybrid.rollout import CollectOptions, Decoder, KLConfig, RolloutConfig, SamplingConfig, ScoreConfig
 from hybrid.run import CheckpointConfig, write_file
 
 __all__ = ["HybridConfig", "ModelConfig", "ReferenceConfig", "RunConfig"]
@@ -179,6 +179,12 @@ class HybridConfig:
             )
         if self.reward is None and objective is None and metric not in self.eval.measured(with_reward=False):
             raise InputError(f"config: eval.metric {metric!r} needs a reward; give one, or watch another metric")
+        for where, decoder in zip(("sampling", "eval"), self.decoders, strict=True):
+            if decoder.of_one_policy:
+                raise InputError(
+                    f"config: {where}.decoder {decoder.name!r} goes with the weights that it was made with, and "
+                    "training changes them: train with another, and give this one to hybrid generate and hybrid eval"
+                )
         if self.memory and self.reward is None:
             raise InputError("config: memory chooses prompts by their scores, and reward is missing; give one")
         if not strategy.rolls_out:
@@ -212,11 +218,17 @@ class HybridConfig:
         rolling = [name for name in {*strategy.objectives, *self.objectives} if objective_class(name).rolls_out]
         check_decoder(rolling or ["ppo"], self.sampling.search.name, self.sampling.search.policy_window, least=1)
 
-    def check_decoders(self, context: int | None) -> None:
-        """Refuse decoders that this reward, or a model of so many tokens (None: not known), does not let work."""
-        for sampling in (self.sampling, self.eval.sampling(self.sampling)):
-            sampling.search.check_reward(self.reward)
-            sampling.search.check_context(context)
+    @property
+    def decoders(self) -> tuple[Decoder, Decoder]:
+        """That of the training and that of the evaluation."""
+        return self.sampling.search, self.eval.sampling(self.sampling).search
+
+    def check_decoders(self, context: int | None, tokenizer: Any) -> None:
+        """Refuse decoders that the reward, the tokenizer or a context of so many tokens (None: not known) rules out."""
+        for decoder in self.decoders:
+            decoder.check_reward(self.reward)
+            decoder.check_context(context)
+            decoder.check_tokenizer(tokenizer)
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> "HybridConfig":

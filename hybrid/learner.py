@@ -117,8 +117,8 @@ class Learner(Supply):
         self.folder = None if output is None else self.world.once(lambda: open_run_folder(output))
         examples = read_examples_of(config, train_data, eval_data, ptx_data, preference_data, self.reward)
         context = model_context(source)
-        config.check_decoders(context)
         self.tokenizer = load_tokenizer(source, tokenizer)
+        config.check_decoders(context, self.tokenizer)
         self.corpus = encoded_corpus(config, self.tokenizer, examples, context=context)
         # A bare prompt goes through the template that the data's prompts went through, in later commands too.
         config = replace(config, data=replace(config.data, template=self.corpus.prompt_template))
@@ -132,6 +132,8 @@ class Learner(Supply):
             if other.model is not None and reference is None:
                 model_context(other.model)
         self.policy, self.references = build_models(source, reference, config, self.tokenizer)
+        for decoder in config.decoders:
+            decoder.check_policy(self.policy)
         if scores:
             self.policy.add_reward_head()
         if (reward := self.reward) is not None:
@@ -330,7 +332,7 @@ class Learner(Supply):
         if isinstance(texts, str) or not isinstance(texts, Iterable):
             raise InputError(f"generate takes a list of texts, got {texts!r:.60}; [text] is a list of one")
         sampling = sampling or self.config.sampling
-        examples, size = [self.corpus.prompt(text) for text in texts], self.config.eval.batch_size
+        examples, size = self.shown([self.corpus.prompt(text) for text in texts]), self.config.eval.batch_size
         answers: list[str] = []
         with self.world.gathered(), self.autocast():
             for start in range(0, len(examples), size):
@@ -353,8 +355,8 @@ class Learner(Supply):
         config = self.config.eval
         with self.world.gathered(), self.autocast():
             metrics, rows = evaluate(
-                self.policy, self.references, self.reward, self.corpus.eval, config,
-                tokenizer=self.tokenizer, sampling=self.config.sampling, engine=self.engine,
+                self.policy, self.references, self.reward, self.corpus.eval, config, tokenizer=self.tokenizer,
+                sampling=self.config.sampling, engine=self.engine, shown=self.shown,
             )  # fmt: skip
             held_out = self.corpus.held_out_preferences[: config.num_examples]
             for name in sorted({*self.strategy.objectives, *self.objectives}):

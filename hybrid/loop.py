@@ -153,8 +153,11 @@ def _check(learner: Learner, strategy: Strategy) -> None:
         learner.objectives[name].check()
     if strategy.rolls_out:
         context = learner.policy.backbone.context_length
+        added = 0 if learner.memory is None else learner.memory.most_added
         for e in learner.prompts.examples:
-            config.sampling.check_room(strategy.prompt_length(e), context, prompt=e.prompt)
+            config.sampling.check_room(strategy.prompt_length(e) + added, context, prompt=e.prompt)
+        for e in learner.corpus.eval[: config.eval.num_prompts]:
+            config.sampling.check_room(len(e.prompt_ids) + added, context, prompt=e.prompt)
 
 
 class _Loop:

@@ -1,7 +1,7 @@
 """What the policy says to prompts it has not seen, and how well it still knows the language."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from statistics import fmean, stdev
 from typing import Any
@@ -13,10 +13,11 @@ from hybrid.data import collate
 from hybrid.distributed import ALONE, World
 from hybrid.evaluate.config import EvalConfig
 from hybrid.evaluate.text import evaluate_texts
+from hybrid.functional import sft_loss
 from hybrid.models import Policy, Reference
 from hybrid.objectives import SFTConfig, sft_batch_loss
 from hybrid.rewards import AllSkipped, Reward, Unjudged
-from hybrid.rollout import Engine, SamplingConfig, collect
+from hybrid.rollout import Decoder, Engine, SamplingConfig, collect
 
 __all__ = ["distinct_n", "evaluate", "evaluate_responses", "evaluate_sft", "sample_rows"]
 
@@ -31,20 +32,24 @@ def evaluate(
     tokenizer: Any,
     sampling: SamplingConfig,
     engine: Engine | None = None,
+    shown: Callable[[Sequence[Encoded]], Sequence[Encoded]] = list,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """All that `config` asks to measure on the held-out examples, and a row for each response that was measured.
 
     sampling: that of the training, which the config may change. Prompts are answered where there is something to
     measure of the answers: a reward, or text metrics.
+    shown: makes of examples what is answered; the losses are of the examples themselves.
     """
     metrics: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     if examples:
-        world = ALONE if engine is None else engine.world
-        metrics = evaluate_sft(policy, examples[: config.num_examples], batch_size=config.batch_size, world=world)
+        metrics = evaluate_sft(
+            policy, examples[: config.num_examples], batch_size=config.batch_size,
+            decoder=config.sampling(sampling).search, world=ALONE if engine is None else engine.world,
+        )  # fmt: skip
     if examples and (reward is not None or config.text_metrics):
         of_responses, rows = evaluate_responses(
-            policy, references, reward, examples[: config.num_prompts],
+            policy, references, reward, shown(examples[: config.num_prompts]),
             tokenizer=tokenizer, sampling=config.sampling(sampling), text_metrics=config.text_metrics,
             batch_size=config.batch_size, seed=config.seed, engine=engine,
         )  # fmt: skip
@@ -54,25 +59,39 @@ def evaluate(
 
 @torch.no_grad()
 def evaluate_sft(
-    policy: Policy, examples: Sequence[Encoded], *, batch_size: int = 32, world: World = ALONE
+    policy: Policy,
+    examples: Sequence[Encoded],
+    *,
+    batch_size: int = 32,
+    decoder: Decoder | None = None,
+    world: World = ALONE,
 ) -> dict[str, float]:
-    """sft_loss: mean negative log-prob of the target tokens, nats.   perplexity: its exponential."""
+    """sft_loss: mean negative log-prob of the target tokens, nats.   perplexity: its exponential.
+
+    decoder/sft_loss, decoder/perplexity: the same under what the decoder draws from, where it is one that knows it and
+    is not the policy (`Decoder.batch_logprob`).
+    """
     policy.eval()
     starts = range(0, len(examples), batch_size)
 
-    def measured(start: int) -> tuple[float, int]:
+    def measured(start: int) -> tuple[dict[str, float], int]:
         batch = collate(examples[start : start + batch_size], pad_id=0).to(policy.device)
         loss, _ = sft_batch_loss(policy, batch, SFTConfig(), num_tokens=1)
-        return float(loss), batch.num_tokens
+        losses = {"": float(loss)}
+        if decoder is not None and (of_decoder := decoder.batch_logprob(policy, batch)) is not None:
+            losses["decoder/"] = float(sft_loss(*of_decoder, num_tokens=1)[0])
+        return losses, batch.num_tokens
 
-    of_batches = chain(*world.each(lambda: [measured(start) for start in starts[world.share(len(starts))]]))
-    total, num_tokens = 0.0, 0
-    for loss, tokens in of_batches:
-        total, num_tokens = total + loss, num_tokens + tokens
-    if not num_tokens:
-        return {}
-    loss_mean = total / num_tokens
-    return {"sft_loss": loss_mean, "perplexity": math.exp(min(loss_mean, 700.0))}
+    totals: dict[str, float] = {}
+    num_tokens = 0
+    for losses, tokens in chain(*world.each(lambda: [measured(start) for start in starts[world.share(len(starts))]])):
+        totals = {name: totals.get(name, 0.0) + loss for name, loss in losses.items()}
+        num_tokens += tokens
+    metrics: dict[str, float] = {}
+    for name, total in totals.items() if num_tokens else ():
+        loss_mean = total / num_tokens
+        metrics |= {f"{name}sft_loss": loss_mean, f"{name}perplexity": math.exp(min(loss_mean, 700.0))}
+    return metrics
 
 
 def evaluate_responses(

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from hybrid.core import Encoded
-from hybrid.models import response_stats
+from hybrid.models import Backbone, response_stats
 from hybrid.rollout.draw import truncated
 from hybrid.rollout.engine import Engine
 from hybrid.rollout.judge import Judge
 from hybrid.rollout.responses import Responses
 from hybrid.rollout.sampling import SamplingConfig
+from hybrid.rollout.steps import Speaker
 
 __all__ = ["Asked"]
 
@@ -68,11 +69,20 @@ class Asked:
         exact = torch.float32 if self.device.type == "mps" else torch.float64
         return torch.rand(shape, generator=self.generator, dtype=exact, device=self.device)
 
-    def drawn(self, times: int, sampling: SamplingConfig | None = None) -> Responses:
-        """`times` responses to each prompt, as `sample` draws them; (B * times, at most width)."""
+    def drawn(
+        self,
+        times: int,
+        sampling: SamplingConfig | None = None,
+        *,
+        through: Callable[[Backbone], Speaker] | None = None,
+    ) -> Responses:
+        """`times` responses to each prompt, as `sample` draws them; (B * times, at most width).
+
+        through: makes of the policy's backbone what speaks in its place; None: it speaks itself.
+        """
         found = self.engine.generate(
             self.prompt_ids, self.prompt_mask, (sampling or self.sampling).drawing(), eos_ids=self.eos_ids,
-            pad_id=self.pad_id, repeats=times, generator=self.generator, is_over=self.is_over,
+            pad_id=self.pad_id, repeats=times, generator=self.generator, is_over=self.is_over, through=through,
         )  # fmt: skip
         self._spent.append(int(found.mask.sum()))
         return found

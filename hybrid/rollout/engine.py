@@ -13,7 +13,7 @@ from hybrid.models import Backbone, Policy, Shadow
 from hybrid.rollout.responses import Responses
 from hybrid.rollout.sample import sample
 from hybrid.rollout.sampling import SamplingConfig
-from hybrid.rollout.steps import Graphs, uniforms
+from hybrid.rollout.steps import Graphs, Speaker, uniforms
 
 __all__ = ["Engine", "RolloutConfig"]
 
@@ -50,17 +50,20 @@ class Engine:
         is_over: Callable[[Sequence[int]], bool] | None = None,
         begun: Responses | None = None,
         limit: int | None = None,
+        through: Callable[[Backbone], Speaker] | None = None,
     ) -> Responses:
         """`repeats` responses to each prompt, without dropout; see `sample`.
 
+        through: makes of the backbone what speaks in its place.
         What goes on with `begun` responses is of another shape each time: no steps are kept for it.
         """
         self.policy.eval()
         backbone, rows = self.backbone(), self.world.share(len(prompt_ids))
+        speaker = backbone if through is None else through(backbone)
 
         def answered(uniform: Tensor | None = None) -> Responses:
             return sample(
-                backbone, prompt_ids[rows], prompt_mask[rows], sampling, eos_ids=eos_ids, pad_id=pad_id,
+                speaker, prompt_ids[rows], prompt_mask[rows], sampling, eos_ids=eos_ids, pad_id=pad_id,
                 repeats=repeats, generator=generator, uniform=uniform, is_over=is_over,
                 graphs=self._fixed_steps() if begun is None else None,
                 begun=None if begun is None else begun.of(rows), limit=limit,
@@ -71,7 +74,7 @@ class Engine:
         # Every process draws the numbers of all rows: whose rows they are changes no response.
         uniform = uniforms(sampling, len(prompt_ids) * repeats, backbone.device, generator)
         own = uniform[:, rows.start * repeats : rows.stop * repeats]
-        parts = self.world.each(lambda: moved(answered(own), "cpu") if own.shape[1] else None)
+        parts = self.world.each(lambda: answered(own) if own.shape[1] else None)
         return moved(Responses.widest([part for part in parts if part is not None], pad_id=pad_id), backbone.device)
 
     def backbone(self) -> Backbone:

@@ -47,6 +47,8 @@ def respond(
     reward = None if isinstance(reward, Unjudged) else reward
     decoder.check_reward(reward)
     decoder.check_context(backbone.context_length)
+    decoder.check_tokenizer(tokenizer)
+    decoder.check_policy(engine.policy)
     judge = decoder.own_reward or reward
     prompt_ids, prompt_mask = left_pad([e.prompt_ids for e in examples], pad_id=pad_id)
     sampling.check_room(int(prompt_mask.sum(1).max()), backbone.context_length)

@@ -14,7 +14,7 @@ from hybrid.models import Backbone, takes_fixed_cache
 from hybrid.rollout.draw import draw
 from hybrid.rollout.sampling import SamplingConfig
 
-__all__ = ["Decoding", "EagerSteps", "Ends", "FixedSteps", "Graphs", "Steps", "uniforms"]
+__all__ = ["Decoding", "EagerSteps", "Ends", "FixedSteps", "Graphs", "Speaker", "Steps", "uniforms"]
 
 # A captured graph serves all prompts whose tokens and responses fit into its room, a multiple of this.
 BUCKET = 64
@@ -124,10 +124,18 @@ class Steps(Protocol):
     def __call__(self) -> None: ...
 
 
+class Speaker(Protocol):
+    """What says the logits of the next token, as a `Backbone` does."""
+
+    def next_logits(
+        self, input_ids: Tensor, attention_mask: Tensor, cache: Any = None, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, Any]: ...
+
+
 class EagerSteps:
     """A call is one token more, by a cache that grows."""
 
-    def __init__(self, backbone: Backbone, state: Decoding, cache: Any, seen: int):
+    def __init__(self, backbone: Speaker, state: Decoding, cache: Any, seen: int):
         self.backbone, self.state, self.cache, self.seen = backbone, state, cache, seen
 
     def __call__(self) -> None:
