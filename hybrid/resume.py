@@ -83,7 +83,8 @@ def load_checkpoint(learner: Learner, folder: Path) -> dict[str, Any]:
     if (folder / SHARDS).is_dir():
         updater, optimizer = state["updater"], learner.updater.optimizer
         updater["optimizer"] = learner.world.read_shards(updater["optimizer"], folder / SHARDS, optimizer)
-    learner.policy.load_weights(folder / MODEL)
+    with learner.world.loading():
+        learner.policy.load_weights(folder / MODEL)
     load_training_state(learner, state)
     return state
 

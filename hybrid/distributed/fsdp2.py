@@ -19,6 +19,9 @@ from hybrid.distributed.world import LossOf
 
 __all__ = ["FSDP2"]
 
+# What would shard gathered weights again where one process alone saves or loads them.
+HOOKS = ("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+
 
 class FSDP2(Processes):
     """Each layer is gathered for its own forward and backward pass, what is not a layer for all of them.
@@ -60,18 +63,27 @@ class FSDP2(Processes):
         for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
-        # They would shard the weights again where one process alone saves them.
-        hooks = {m: m._state_dict_pre_hooks for m in self._whole.modules()}
-        for inner in hooks:
-            inner._state_dict_pre_hooks = OrderedDict()
+        kept = [(inner, name, getattr(inner, name)) for inner in self._whole.modules() for name in HOOKS]
+        for inner, name, _ in kept:
+            setattr(inner, name, OrderedDict())
         try:
             yield
         finally:
-            for inner, of in hooks.items():
-                inner._state_dict_pre_hooks = of
+            for inner, name, hooks in kept:
+                setattr(inner, name, hooks)
             for module in modules:
                 module.set_reshard_after_forward(module is not self._root, recurse=False)
                 module.reshard()
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        with self.gathered():
+            yield
+            # What is gathered is a copy: it is gone with the block.
+            whole = {name: x.detach().clone() for name, x in self._whole.named_parameters()}
+        with torch.no_grad():
+            for name, parameter in self._whole.named_parameters():
+                parameter.copy_(_part(whole[name], parameter))
 
     # Checkpoints
 

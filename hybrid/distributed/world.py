@@ -115,6 +115,11 @@ class World:
         """Inside the block every process holds the whole weights: to sample, to score, to save. None is trained."""
         yield
 
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Inside the block every process may write the same whole weights, which it goes on with behind it."""
+        yield
+
     # Checkpoints
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

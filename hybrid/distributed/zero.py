@@ -120,6 +120,15 @@ class DeepSpeed(Processes):
         with unwrap_model_for_generation(self._engine) if self.config.zero_stage == 3 else nullcontext():
             yield
 
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        import deepspeed
+
+        zero3 = self.config.zero_stage == 3
+        with deepspeed.zero.GatheredParameters(list(self._module.parameters()), modifier_rank=0, enabled=zero3):
+            yield
+        self._zero.refresh_fp32_params()
+
     # Checkpoints: in torch's own form, gathered weight by weight
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
