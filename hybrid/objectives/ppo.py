@@ -132,6 +132,7 @@ def _policy_term(
         clip_high=config.clip_high,
         dual_clip=config.dual_clip,
         surrogate=config.surrogate,
+        ratio=config.ratio,
         weight=weight,
         aggregation=config.aggregation,
         fixed_length=config.fixed_length,

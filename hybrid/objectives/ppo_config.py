@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from hybrid.functional import Aggregation, ImportanceLevel, ImportanceMode, Surrogate
+from hybrid.functional import Aggregation, ImportanceLevel, ImportanceMode, RatioLevel, Surrogate
 
 __all__ = ["Advantage", "PPOConfig"]
 
@@ -12,6 +12,7 @@ Advantage = Literal["gae", "group", "group_mean", "leave_one_out", "reinforce++"
 CHOICES = {
     "advantage": Advantage,
     "surrogate": Surrogate,
+    "ratio": RatioLevel,
     "aggregation": Aggregation,
     "importance_mode": ImportanceMode,
 }
@@ -31,6 +32,8 @@ class PPOConfig:
     penalty. All but gae have no critic: the value head is not trained, and lam and value_* are not read.
     A2C is epochs = 1, minibatch_size = all responses, clip = None. CISPO's authors leave out the lower bound: clip = 1,
     with the upper one in clip_high.
+    GSPO is ratio = sequence with a group's advantage and aggregation = sequence_mean; its ratios stay close to 1, so its
+    authors clip at 3e-4 and 4e-4.
     """
 
     batch_size: int = 64  # prompts of one rollout
@@ -41,6 +44,7 @@ class PPOConfig:
     lr_factor: float = 1.0  # on the optimizer's learning rate; beside other objectives their mean, weighted by coef
     advantage: Advantage = "gae"
     surrogate: Surrogate = "ppo"  # cispo: the ratio is clipped as a weight, and no token loses its gradient
+    ratio: RatioLevel = "token"  # sequence: GSPO, the geometric mean of a response's ratios at all its tokens
     clip: float | None = 0.2  # ratio kept in [1 - clip, 1 + clip]; None: not clipped
     clip_high: float | None = None  # another upper range: [1 - clip, 1 + clip_high]
     dual_clip: float | None = None  # c > 1: a negative advantage costs at most c times itself
