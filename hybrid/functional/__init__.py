@@ -3,7 +3,7 @@
 float64 in gives float64 out, everything else float32 out. `B` sequences, `T` tokens, `V` vocabulary, `D` hidden.
 """
 
-from hybrid.functional.advantage import gae, group_advantage, leave_one_out_advantage
+from hybrid.functional.advantage import gae, group_advantage, leave_one_out_advantage, varied_groups
 from hybrid.functional.divergence import DivergenceKind, linear_divergence
 from hybrid.functional.kl import AdaptiveKL, FixedKL, kl_estimate
 from hybrid.functional.linear_logprob import linear_logprob
@@ -75,5 +75,6 @@ __all__ = [
     "token_reward",
     "token_stats",
     "value_loss",
+    "varied_groups",
     "wins",
 ]

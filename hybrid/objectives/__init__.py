@@ -1,10 +1,18 @@
 """Objectives: each says where its rows come from and what their loss is; and the one update that adds them up."""
 
 from hybrid.objectives.accumulate import Loss, Term, accumulate
-from hybrid.objectives.advantages import check_groups, minibatches, rollout_metrics, shares, with_advantages
+from hybrid.objectives.advantages import (
+    check_groups,
+    minibatches,
+    rollout_metrics,
+    shares,
+    varied_rows,
+    with_advantages,
+)
 from hybrid.objectives.decoders import check_decoder
 from hybrid.objectives.distill import Distill, DistillData
 from hybrid.objectives.dpo import DPO
+from hybrid.objectives.earlier import beside
 from hybrid.objectives.gram import policy_gram
 from hybrid.objectives.kto import KTO
 from hybrid.objectives.objective import (
@@ -65,6 +73,7 @@ __all__ = [
     "Windows",
     "accumulate",
     "autocast",
+    "beside",
     "check_decoder",
     "check_groups",
     "check_objectives",
@@ -86,5 +95,6 @@ __all__ = [
     "shares",
     "texts_of",
     "update",
+    "varied_rows",
     "with_advantages",
 ]
