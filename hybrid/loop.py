@@ -284,9 +284,12 @@ class _Loop:
 
     def _answered(self, plan: Plan, number: int) -> tuple[Rollout, Sequence[Encoded]]:
         """The next prompts with their responses."""
-        examples = self.strategy.prompts(self.learner.next_prompts(), number)
-        rollout = self.learner.rollout(examples) if plan.needs_reward else self.learner.rollout(examples, scored=False)
-        return rollout, examples
+        learner, options = self.learner, {} if plan.needs_reward else {"scored": False}
+        examples = self.strategy.prompts(learner.next_prompts(), number)
+        each = self.strategy.repeated(examples, learner.config.ppo.samples_per_prompt, number)
+        if each is not None:
+            return learner.rollout(each, repeated=True, **options), examples
+        return learner.rollout(examples, **options), examples
 
     def _varied(self, plan: Plan, number: int) -> tuple[Rollout, Sequence[Encoded], Tensor, Metrics]:
         """Prompts and responses until enough prompts have responses that score unlike, or `ppo.resample` is used up.
@@ -304,7 +307,8 @@ class _Loop:
             examples, again = [*examples, *others], again + 1
 
     def _rollout_step(self, plan: Plan, number: int) -> Metrics:
-        learner, strategy, varied, drawn = self.learner, self.strategy, None, {}
+        learner, strategy, varied = self.learner, self.strategy, None
+        drawn: Metrics = {}
         if learner.config.ppo.resample and plan.needs_reward:
             rollout, examples, varied, drawn = self._varied(plan, number)
         else:

@@ -4,6 +4,7 @@ float64 in gives float64 out, everything else float32 out. `B` sequences, `T` to
 """
 
 from hybrid.functional.advantage import gae, group_advantage, leave_one_out_advantage, varied_groups
+from hybrid.functional.demonstration import entropy_threshold, entropy_weight, reinforce_loss, shaped_loss
 from hybrid.functional.divergence import DivergenceKind, linear_divergence
 from hybrid.functional.kl import AdaptiveKL, FixedKL, kl_estimate
 from hybrid.functional.linear_logprob import linear_logprob
@@ -53,6 +54,8 @@ __all__ = [
     "bradley_terry_loss",
     "dpo_loss",
     "entropy",
+    "entropy_threshold",
+    "entropy_weight",
     "full_kl",
     "gae",
     "group_advantage",
@@ -68,8 +71,10 @@ __all__ = [
     "masked_var",
     "masked_whiten",
     "policy_loss",
+    "reinforce_loss",
     "rounded_operands",
     "sft_loss",
+    "shaped_loss",
     "soft_capped",
     "token_logprob",
     "token_reward",

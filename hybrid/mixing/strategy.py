@@ -162,6 +162,10 @@ class Strategy(ABC):
         """The examples whose prompts are rolled out."""
         return examples
 
+    def repeated(self, examples: Sequence[Encoded], num_responses: int, step: int) -> Sequence[Encoded] | None:
+        """What each response of the rollout answers, `num_responses` to each of these in turn; None: its prompt."""
+        return None
+
     def prompt_length(self, example: Encoded) -> int:
         """The most tokens that `prompts` may make of an example's prompt."""
         return len(example.prompt_ids)

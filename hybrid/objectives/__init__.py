@@ -14,7 +14,9 @@ from hybrid.objectives.distill import Distill, DistillData
 from hybrid.objectives.dpo import DPO
 from hybrid.objectives.earlier import beside
 from hybrid.objectives.gram import policy_gram
+from hybrid.objectives.hpt import HPT
 from hybrid.objectives.kto import KTO
+from hybrid.objectives.luffy import LUFFY
 from hybrid.objectives.objective import (
     Measures,
     Objective,
@@ -33,10 +35,12 @@ from hybrid.objectives.ppo import PPO, Divisors, ppo_batch_loss
 from hybrid.objectives.ppo_config import Advantage, PPOConfig
 from hybrid.objectives.precision import Precision, autocast, grad_scaler
 from hybrid.objectives.preference_config import PreferencesConfig
+from hybrid.objectives.prefix_rft import PrefixRFT
 from hybrid.objectives.ptx import PTX
 from hybrid.objectives.replay import Replay
 from hybrid.objectives.reward_model import RewardModelObjective
 from hybrid.objectives.sft import SFT, SFTConfig, sft_batch_loss
+from hybrid.objectives.srft import SRFT
 from hybrid.objectives.tbptt import TBPTT, Windows
 from hybrid.objectives.texts import texts_of
 from hybrid.objectives.update import GradientConfig, over_updates, scaled_lr, update
@@ -44,12 +48,15 @@ from hybrid.objectives.updater import Updater
 
 __all__ = [
     "DPO",
+    "HPT",
     "KTO",
+    "LUFFY",
     "PPO",
     "PTX",
     "RAFT",
     "SFT",
     "SPIN",
+    "SRFT",
     "TBPTT",
     "Advantage",
     "Distill",
@@ -65,6 +72,7 @@ __all__ = [
     "Parts",
     "Precision",
     "PreferencesConfig",
+    "PrefixRFT",
     "Replay",
     "RewardModelObjective",
     "SFTConfig",

@@ -56,10 +56,7 @@ def check_groups(rollout: Rollout, config: PPOConfig) -> None:
 
 
 def varied_rows(rollout: Rollout, num_groups: int) -> tuple[Tensor, int]:
-    """The rows of the first `num_groups` groups whose scores differ, (n,) int64 in order; and how many groups these are.
-
-    There may be fewer.
-    """
+    """The rows of the first `num_groups` groups whose scores differ, (n,) int64, and the number of these groups."""
     assert rollout.group is not None  # collect numbers the prompts
     varied = varied_groups(rollout.score, rollout.group)
     chosen = rollout.group[varied].unique()[:num_groups]

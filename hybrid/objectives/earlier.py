@@ -16,7 +16,7 @@ from hybrid.objectives.objective import Parts
 from hybrid.objectives.ppo_config import PPOConfig
 from hybrid.rollout import CollectOptions, KLConfig, Responses, ScoreConfig, assemble
 
-__all__ = ["beside", "check_staleness", "rescored", "with_stale"]
+__all__ = ["assembled_as", "beside", "check_staleness", "rescored", "with_stale"]
 
 
 def check_staleness(memory: Memory | None, ppo: PPOConfig, score: ScoreConfig) -> None:
@@ -52,12 +52,16 @@ def with_stale(rollout: Rollout, parts: Parts, ppo: PPOConfig, kl: KLConfig, sco
     check_staleness(parts.memory, ppo, score)
     rows = [row for visit in visits for row in visit.rows]
     group = torch.tensor([number for number, visit in enumerate(visits) for _ in visit.rows])
-    options: CollectOptions = {
+    stale = rescored(rows, parts, parts.references, rollout.temperature, group, assembled_as(parts, ppo, kl, score))
+    return with_advantages(beside(rollout, stale), ppo)
+
+
+def assembled_as(parts: Parts, ppo: PPOConfig, kl: KLConfig, score: ScoreConfig) -> CollectOptions:
+    """What becomes of rows as it does of a rollout's."""
+    return {
         "score": score, "kl_coef": 0.0 if kl.in_loss else parts.kl.coef, "kl_kind": kl.kind,
         "minibatch_size": ppo.minibatch_size, "microbatch_size": ppo.microbatch_size,
     }  # fmt: skip
-    stale = rescored(rows, parts, parts.references, rollout.temperature, group, options)
-    return with_advantages(beside(rollout, stale), ppo)
 
 
 def rescored(
