@@ -144,7 +144,8 @@ def _check(learner: Learner, strategy: Strategy) -> None:
             f"eval.metric {config.eval.metric!r} needs held-out data of its objective: give data.eval_fraction, or "
             "where the preferences have a section of their own preference_data.eval_fraction"
         )
-    for name in {*strategy.objectives, *(["sft"] if strategy.needs_targets else [])}:
+    targets = strategy.needs_targets or any(objective_class(name).needs_targets for name in strategy.objectives)
+    for name in {*strategy.objectives, *(["sft"] if targets else [])}:
         learner.objectives[name].check()
     if strategy.rolls_out:
         context = learner.policy.backbone.context_length

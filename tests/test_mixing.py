@@ -52,6 +52,10 @@ def test_epochs_set_the_length(spec, steps):
     ("spec", "message"),
     [
         ({"strategy": "alternat"}, "did you mean 'alternate'"),
+        (
+            {"strategy": "luffy"},
+            "'luffy' is an objective, not a strategy: mixing: {strategy: objective, objective: luffy}",
+        ),
         ({"cycle": 3}, "did you mean 'cycles'"),
         ({"cycles": -1}, "mixing.cycles must be >= 1"),
         ({"cycles": "many"}, "mixing.cycles must be int"),

@@ -8,6 +8,7 @@ import torch
 from tiny import tiny_model
 
 from hybrid import HybridConfig, HybridTrainer, InputError, Policy
+from hybrid.mixing import make_strategy
 from hybrid.objectives import with_advantages
 
 ROWS = [
@@ -329,3 +330,11 @@ def test_prompts_without_any_demonstration_are_refused_before_a_model_is_loaded(
     rows = [{"prompt": row["prompt"], "target": ""} for row in ROWS]
     with pytest.raises(InputError, match=r"learns from demonstrations.*none of the 6 training examples has one"):
         trainer_of(tokenizer, rows, mixing=mixing)
+
+
+def test_a_strategy_that_is_put_in_later_finds_no_demonstrations_either(tokenizer):
+    rows = [{"prompt": row["prompt"], "target": ""} for row in ROWS]
+    trainer = trainer_of(tokenizer, rows, mixing={"strategy": "sequential", "sft_steps": 0})
+    trainer.strategy = make_strategy({**OF, "objective": "luffy"})
+    with pytest.raises(InputError, match="this mixture learns from targets, and none of the 6 examples"):
+        trainer.train()
