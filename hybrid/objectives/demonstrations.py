@@ -77,10 +77,8 @@ def demonstrations(
     ]  # fmt: skip
     options = assembled_as(parts, ppo, kl, score)
     found = rescored(rows, parts, parts.references, rollout.temperature, torch.tensor(list(scored)), options)
-    nothing = None if rollout.advantage is None else torch.zeros_like(found.reward)
-    found = replace(
-        found, given=found.mask, advantage=nothing, return_=None if rollout.return_ is None else nothing
-    )  # fmt: skip
+    nothing = torch.zeros_like(found.reward)
+    found = replace(found, given=found.mask, advantage=nothing, return_=nothing)
     return by_group(beside(rollout, found, num_groups=0))
 
 

@@ -68,22 +68,10 @@ class PrefixRFT(LUFFY):
     def learnt(self, rollout: Rollout) -> Rollout:
         examples_of(rollout, self.name)
         hints = [example.num_hint for example in rollout.examples]
-        rows, given = [], torch.zeros_like(rollout.mask)
-        drawn_with = None if rollout.sampling_logprob is None else rollout.sampling_logprob.tolist()
-        hinted = [row for row, hint in enumerate(hints) if hint]
+        hinted, given = [row for row, hint in enumerate(hints) if hint], torch.zeros_like(rollout.mask)
         if not hinted:
             return replace(rollout, given=given)
-        for row in hinted:
-            prompt, length = rollout.examples[row].prompt_ids, int(rollout.mask[row].sum())
-            own = rollout.input_ids[row, rollout.prompt_length :][:length].tolist()
-            logprob = None if drawn_with is None else (*[0.0] * hints[row], *drawn_with[row][:length])
-            start = len(prompt) - hints[row]
-            rows.append(
-                Kept(
-                    prompt=prompt[:start], response=(*prompt[start:], *own), logprob=logprob,
-                    score=float(rollout.score[row]), entropy=0.0, step=0, ended=bool(rollout.ended[row]),
-                )
-            )  # fmt: skip
+        rows = [self._whole(rollout, row, hints[row]) for row in hinted]
         assert rollout.group is not None
         device = rollout.group.device
         group = rollout.group[torch.tensor(hinted, device=device)]
@@ -98,6 +86,18 @@ class PrefixRFT(LUFFY):
         plain = torch.tensor([row for row, hint in enumerate(hints) if not hint], dtype=torch.int64, device=device)
         others = replace(rollout, given=given)[plain]
         return with_advantages(by_group(beside(others, found, num_groups=0)), self.config)
+
+    def _whole(self, rollout: Rollout, row: int, hint: int) -> Kept:
+        """A response with its hint, as the answer to the prompt alone."""
+        prompt, mask = rollout.examples[row].prompt_ids, rollout.mask[row]
+        own = rollout.input_ids[row, rollout.prompt_length :][mask].tolist()
+        drawn = None if rollout.sampling_logprob is None else rollout.sampling_logprob[row][mask].tolist()
+        start = len(prompt) - hint
+        return Kept(
+            prompt=prompt[:start], response=(*prompt[start:], *own),
+            logprob=None if drawn is None else (*[0.0] * hint, *drawn),
+            score=float(rollout.score[row]), entropy=0.0, step=0, ended=bool(rollout.ended[row]),
+        )  # fmt: skip
 
     def policy_term(self, whole: Rollout) -> PolicyTerm:
         given = torch.zeros_like(whole.mask) if whole.given is None else whole.given
