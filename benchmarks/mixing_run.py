@@ -46,6 +46,14 @@ def _joint(n: Lengths, token_weight: str = "one", strategy: str = "joint", **fie
     }
 
 
+def _group(objective: str = "ppo", **ppo: Any) -> dict[str, Any]:
+    """One objective throughout, on groups of four responses: the same number of responses as elsewhere."""
+    return {
+        "mixing": {"strategy": "objective", "objective": objective, "steps": ENOUGH},
+        "ppo": {"batch_size": 16, "samples_per_prompt": 4, "advantage": "group", **ppo},
+    }
+
+
 # An arm that has both kinds of learning spends half of its tokens on each; of gate and hint the data decide.
 ARMS: dict[str, Callable[[Lengths], dict[str, Any]]] = {
     "sft_only": lambda n: {"mixing": {"strategy": "sequential", "sft_steps": ENOUGH, "ppo_steps": 0}},
@@ -80,6 +88,18 @@ ARMS: dict[str, Callable[[Lengths], dict[str, Any]]] = {
     },
     "hint": lambda n: {
         "mixing": {"strategy": "hint", "steps": ENOUGH, "hint_steps": round(2 * n.ppo / 3), "sft_coef": 1.0}
+    },
+    # Of groups: the baselines that learn from rewards alone, and those that learn from demonstrations in the same loss.
+    "grpo": lambda n: _group(),
+    # Its ratios are of whole responses, and stay closer to 1: the clip is its authors'.
+    "gspo": lambda n: _group(ratio="sequence", aggregation="sequence_mean", clip=3e-4, clip_high=4e-4),
+    "dapo": lambda n: _group(clip_high=0.28, resample=3),
+    "luffy": lambda n: _group("luffy"),
+    "srft": lambda n: _group("srft", epochs=1),
+    "hpt": lambda n: _group("hpt"),
+    "prefix_rft": lambda n: {
+        **_group("prefix_rft"),
+        "mixing": {"strategy": "prefix_rft", "steps": ENOUGH, "decay_steps": round(2 * n.ppo / 3)},
     },
 }  # fmt: skip
 
@@ -139,11 +159,11 @@ class Metered(HybridTrainer):
         """Tokens of the budget."""
         return self.trained + self.generated
 
-    def rollout(self, prompts: Any) -> Rollout:
+    def rollout(self, prompts: Any, **options: Any) -> Rollout:
         if self.start is None:
             self.start = [Reference.from_policy(self.policy)]
         self.references = self.start
-        rollout = super().rollout(prompts)
+        rollout = super().rollout(prompts, **options)
         self.generated += rollout.num_tokens
         return rollout
 

@@ -154,9 +154,9 @@ class HybridConfig:
                     f"config: section {section.name!r} must be a {plain.__name__}, got {value!r:.60}; "
                     "HybridConfig.from_dict takes nested mappings"
                 )
-        make_strategy(self.mixing)
         check_memory(self.memory)
         check_objectives(self.objectives, {section.name for section in fields(self)})
+        self._check_sections(make_strategy(self.mixing))
         check_optimizer(self.optimizer)
         check_scheduler(self.scheduler)
         metric, better = self.eval.best
@@ -169,8 +169,13 @@ class HybridConfig:
                     "dtype of its own: leave them out, or name a model"
                 )
 
+    def _check_sections(self, strategy: Strategy) -> None:
+        for name in sorted(strategy.objectives):
+            objective_class(name).check_sections(name, vars(self))
+
     def check_training(self, strategy: Strategy) -> None:
         """Refuse what no run of the strategy can be made with."""
+        self._check_sections(strategy)
         metric, objective = self.eval.metric, self.eval.objective
         if objective is not None and objective not in strategy.objectives:
             raise InputError(

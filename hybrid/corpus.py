@@ -25,7 +25,9 @@ from hybrid.data import (
     filler_id,
     read_rows,
 )
+from hybrid.mixing import make_strategy
 from hybrid.models import template_of
+from hybrid.objectives import objective_class
 
 __all__ = ["Corpus", "ExampleSets", "encoded_corpus"]
 
@@ -186,7 +188,18 @@ def encoded_corpus(config: HybridConfig, tokenizer: Any, sets: ExampleSets, *, c
                 f"an example of {len(example.input_ids)} tokens is longer than the model's context of {context}; "
                 f"set data.max_length to {context} or less. The example: {example.prompt[:60]!r}"
             )
+    _check_targets(corpus, config)
     return corpus
+
+
+def _check_targets(corpus: Corpus, config: HybridConfig) -> None:
+    """Refuse prompts without any target where the strategy learns from a rollout's targets."""
+    needing = sorted(name for name in make_strategy(config.mixing).objectives if objective_class(name).needs_targets)
+    if needing and corpus.train and not any(example.has_target for example in corpus.train):
+        raise InputError(
+            f"objective {needing[0]!r} learns from demonstrations, the targets of the prompts that are rolled out, and "
+            f"none of the {len(corpus.train)} training examples has one: name their column with data.target"
+        )
 
 
 def _prompt_template(examples: Sequence[Example], config: DataConfig) -> str:

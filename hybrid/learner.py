@@ -276,10 +276,10 @@ class Learner(Supply):
         sft = {} if batches is None or not sft_coef else {"sft": batches}
         return self.rollout_step(rollout, {"ppo": ppo_coef} | dict.fromkeys(sft, sft_coef), sft, rows=rows)
 
-    def rollout(self, prompts: Batch | Sequence[Any], *, scored: bool = True) -> Rollout:
+    def rollout(self, prompts: Batch | Sequence[Any], *, scored: bool = True, repeated: bool = False) -> Rollout:
         """Answer the prompts (a batch, texts, or examples as in `train_data`) and score the answers.
 
-        scored: False: nobody is asked, all scores are 0.
+        scored: False: nobody is asked, all scores are 0.   repeated: see `collect`.
         """
         reward = self.reward if scored else Unjudged()
         if reward is None:
@@ -288,7 +288,7 @@ class Learner(Supply):
         with self.world.gathered(), self.autocast():
             rollout = collect(
                 self.policy, self.references, reward, self.corpus.encoded(prompts), tokenizer=self.tokenizer,
-                sampling=self.config.sampling, samples_per_prompt=self.config.ppo.samples_per_prompt,
+                sampling=self.config.sampling, samples_per_prompt=self.config.ppo.samples_per_prompt, repeated=repeated,
                 generator=self.sampler, engine=self.engine, allow_gap=self.config.ppo.importance is not None,
                 **self._collect_options(),
             )  # fmt: skip

@@ -10,12 +10,15 @@ from pathlib import Path
 from signal import Signals
 from typing import Any, NamedTuple
 
-from hybrid.core import InputError, RunStopped
+import torch
+from torch import Tensor
+
+from hybrid.core import Encoded, InputError, Rollout, RunStopped
 from hybrid.evaluate import sample_rows
 from hybrid.export import export_run
 from hybrid.learner import Learner
 from hybrid.mixing import Plan, Strategy
-from hybrid.objectives import Term, log_names, objective_class, texts_of
+from hybrid.objectives import Term, beside, log_names, objective_class, texts_of, varied_rows
 from hybrid.resume import MODEL, checkpoint_state, write_checkpoint
 from hybrid.rewards import RewardError
 from hybrid.run import (
@@ -149,7 +152,8 @@ def _check(learner: Learner, strategy: Strategy) -> None:
             f"eval.metric {config.eval.metric!r} needs held-out data of its objective: give data.eval_fraction, or "
             "where the preferences have a section of their own preference_data.eval_fraction"
         )
-    for name in {*strategy.objectives, *(["sft"] if strategy.needs_targets else [])}:
+    targets = strategy.needs_targets or any(objective_class(name).needs_targets for name in strategy.objectives)
+    for name in {*strategy.objectives, *(["sft"] if targets else [])}:
         learner.objectives[name].check()
     if strategy.rolls_out:
         context = learner.policy.backbone.context_length
@@ -290,13 +294,43 @@ class _Loop:
             f"model.name={newest / MODEL} starts a new run with its weights."
         )
 
+    def _answered(self, plan: Plan, number: int) -> tuple[Rollout, Sequence[Encoded]]:
+        """The next prompts with their responses."""
+        learner, options = self.learner, {} if plan.needs_reward else {"scored": False}
+        examples = self.strategy.prompts(learner.next_prompts(), number)
+        each = self.strategy.repeated(examples, learner.config.ppo.samples_per_prompt, number)
+        if each is not None:
+            return learner.rollout(each, repeated=True, **options), examples
+        return learner.rollout(examples, **options), examples
+
+    def _varied(self, plan: Plan, number: int) -> tuple[Rollout, Sequence[Encoded], Tensor, Metrics]:
+        """Prompts and responses until enough prompts have responses that score unlike, or `ppo.resample` is used up.
+
+        Returns all that was drawn, the rows that are learnt from, and what there is to log of that.
+        """
+        config, again = self.learner.config.ppo, 0
+        rollout, examples = self._answered(plan, number)
+        while True:
+            rows, found = varied_rows(rollout, config.batch_size)
+            if found == config.batch_size or again == config.resample:
+                return rollout, examples, rows, {"resampled": float(again), "varied_prompts": float(found)}
+            more, others = self._answered(plan, number)
+            rollout = beside(rollout, more, num_groups=len(examples))
+            examples, again = [*examples, *others], again + 1
+
     def _rollout_step(self, plan: Plan, number: int) -> Metrics:
-        learner, strategy = self.learner, self.strategy
-        examples = strategy.prompts(learner.next_prompts(), number)
-        rollout = learner.rollout(examples) if plan.needs_reward else learner.rollout(examples, scored=False)
+        learner, strategy, varied = self.learner, self.strategy, None
+        drawn: Metrics = {}
+        if learner.config.ppo.resample and plan.needs_reward:
+            rollout, examples, varied, drawn = self._varied(plan, number)
+        else:
+            rollout, examples = self._answered(plan, number)
         batches = {"sft": strategy.supervised(learner, examples)} if "sft" in plan.coefs else None
         rows = strategy.trained_rows(rollout, examples)
+        if varied is not None:
+            rows = varied if rows is None else rows[torch.isin(rows, varied.cpu())]
         metrics, samples = learner.take(plan, rollout, batches, rows=rows), sample_rows(rollout)[:NUM_SAMPLES]
+        metrics |= drawn
         if not plan.needs_reward:
             # The zeros of responses that nobody has judged are no measure.
             names = {"reward", "reward_std", "seconds_reward"}

@@ -38,6 +38,8 @@ PAIRS = [
 ]
 # The tiny model of an objective that cannot learn on just any.
 FITTING = {"tbptt": "lstm"}
+# What compares the responses to a prompt.
+COMPARING = ("hpt", "luffy", "prefix_rft", "srft")
 PTX = [{"text": f"it is a w{i} and a fine w{i + 2} w{i + 3}"} for i in range(6)]
 
 
@@ -67,9 +69,17 @@ def trainer_of(name, tokenizer, folder=None, *, epochs=2.0, resume=False, reward
     }  # fmt: skip
     if resume:
         return HybridTrainer.resume(folder, **given)
-    trainer = HybridTrainer(config=replace(config, **sections), **given)
+    config = replace(config, **sections)
+    config = replace(config, ppo=compared(config.ppo) if name in COMPARING else config.ppo)
+    trainer = HybridTrainer(config=config, **given)
     trainer.strategy = short(name, trainer, epochs)
     return trainer
+
+
+def compared(ppo):
+    """The same number of responses, two to each prompt, measured against each other."""
+    several = {} if ppo.samples_per_prompt > 1 else {"batch_size": ppo.batch_size // 2, "samples_per_prompt": 2}
+    return replace(ppo, advantage="group", **several)
 
 
 def short(name, trainer, epochs=2.0):
@@ -173,9 +183,9 @@ def test_the_first_ratio_of_every_rollout_is_one(name, tokenizer, monkeypatch):
 
     def stepped(*args, **kwargs):
         metrics = rollout_step(*args, **kwargs)
-        whole = watched.steps[-1][2] is None
+        whole = watched.steps[-1][2] is None and "ppo" in watched.plans[-1].coefs
         if "ratio_max" in metrics:
-            # Fewer rows than were scored meet in other products: rounding of float32.
+            # Other rows than were scored together meet in other products: rounding of float32.
             found.append(metrics["ratio_max"] == 1.0 if whole else abs(metrics["ratio_max"] - 1) < 1e-5)
         return metrics
 
@@ -269,6 +279,7 @@ def trainer_for(name, tokenizer, folder=None, *, steps=None, settings=None, **op
     options["family"] = FITTING.get(name, "llama")
     if objective_class(name).needs_memory:
         options.setdefault("memory", {"type": "experience"})
+    options["ppo"] = compared(options["ppo"]) if name in COMPARING else options["ppo"]
     trainer = trainer_of("alternate", tokenizer, folder, reward=unlike, objectives=objectives, **mixing, **options)
     if steps is not None and not options.get("resume"):
         trainer.strategy = make_strategy(mixing["mixing"])
@@ -376,6 +387,43 @@ def test_microbatches_of_it_change_nothing(name, tokenizer):
         # SGD is linear in the gradient: a rounding difference stays one, which Adam's first steps blow up.
         settings, optimizer = {"microbatch_size": size}, {"name": "sgd", "lr": 1e-2}
         trainer = trainer_for(name, tokenizer, steps=2, settings=settings, optimizer=optimizer)
+        trainer.train()
+        runs.append(weights(trainer))
+    assert torch.allclose(*runs, atol=1e-5)
+
+
+# Published baselines that are settings of `ppo`.
+BASELINES = {
+    "gspo": {"ratio": "sequence", "aggregation": "sequence_mean", "clip": 3e-3, "clip_high": 4e-3},
+    "dapo": {"clip_high": 0.28, "resample": 2},
+}
+every_baseline = pytest.mark.parametrize("settings", BASELINES.values(), ids=BASELINES)
+
+
+def baseline(settings, tokenizer, folder=None, *, size=None, **options):
+    ppo = PPOConfig(batch_size=3, samples_per_prompt=2, minibatch_size=3, epochs=2, microbatch_size=size)
+    ppo = replace(ppo, advantage="group", **settings)
+    return trainer_for("ppo", tokenizer, folder, steps=4, ppo=ppo, **options)
+
+
+@every_baseline
+def test_a_run_of_a_baseline_that_died_goes_on_with_the_same_steps(settings, tokenizer, tmp_path):
+    whole = baseline(settings, tokenizer, tmp_path / "whole")
+    before = weights(whole).clone()
+    whole.train()
+    crash(baseline(settings, tokenizer, tmp_path / "part"), 3)
+    resumed = baseline(settings, tokenizer, tmp_path / "part", resume=True)
+    assert resumed.num_steps == 2
+    resumed.train()
+    assert torch.equal(weights(resumed), weights(whole)) and not torch.equal(weights(whole), before)
+    assert logged_rows(tmp_path / "part") == logged_rows(tmp_path / "whole")
+
+
+@every_baseline
+def test_microbatches_of_a_baseline_change_nothing(settings, tokenizer):
+    runs = []
+    for size in (None, 1):
+        trainer = baseline(settings, tokenizer, size=size, optimizer={"name": "sgd", "lr": 1e-2})
         trainer.train()
         runs.append(weights(trainer))
     assert torch.allclose(*runs, atol=1e-5)

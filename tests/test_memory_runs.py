@@ -85,7 +85,9 @@ def test_a_resumed_memory_that_forgot_would_be_seen(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("strategy", strategy_names())
 def test_it_composes_with_every_strategy(strategy, tokenizer):
-    trainer = trainer_of(tokenizer, memory=MEMORIES["classes"])
+    # One of them compares the responses to a prompt.
+    ppo = {"advantage": "group"} if strategy == "prefix_rft" else {}
+    trainer = trainer_of(tokenizer, memory=MEMORIES["classes"], ppo=ppo)
     trainer.strategy = make_strategy({"strategy": strategy}).for_epochs(2.0, len(trainer.loader), len(trainer.prompts))
     trainer.train()
     assert torch.isfinite(weights(trainer)).all()

@@ -1,10 +1,11 @@
 """Strategies: which step comes when, how many there are, and what they refuse."""
 
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
-from hybrid.core import InputError
+from hybrid.core import Encoded, InputError
 from hybrid.mixing import make_strategy, strategy_names
 
 
@@ -51,6 +52,10 @@ def test_epochs_set_the_length(spec, steps):
     ("spec", "message"),
     [
         ({"strategy": "alternat"}, "did you mean 'alternate'"),
+        (
+            {"strategy": "luffy"},
+            "'luffy' is an objective, not a strategy: mixing: {strategy: objective, objective: luffy}",
+        ),
         ({"cycle": 3}, "did you mean 'cycles'"),
         ({"cycles": -1}, "mixing.cycles must be >= 1"),
         ({"cycles": "many"}, "mixing.cycles must be int"),
@@ -65,7 +70,10 @@ def test_a_bad_spec_is_refused_by_name(spec, message):
 
 def test_every_strategy_stands_in_the_docs_with_its_fields():
     docs = (Path(__file__).resolve().parents[1] / "docs" / "mixing.md").read_text(encoding="utf-8")
-    rows = {line.split("`")[1]: line for line in docs.splitlines() if line.startswith("| `")}
+    rows = defaultdict(str)  # an objective may have the name too
+    for line in docs.splitlines():
+        if line.startswith("| `"):
+            rows[line.split("`")[1]] += line
     for name in strategy_names():
         fields = make_strategy({"strategy": name}).spec().keys() - {"strategy"}
         assert all(f"`{field}`" in rows[name] for field in fields), name
@@ -104,3 +112,28 @@ def test_the_reward_curriculum_follows_the_measured_reward():
 
 def test_training_needs_no_memory_where_the_plan_is_a_function_of_the_step():
     assert make_strategy({"strategy": "sequential"}).state_dict() == {}
+
+
+def test_the_prefixes_of_prefix_rft_are_between_a_bound_that_falls_and_the_share():
+    target = tuple(range(10, 31))  # 20 tokens and EOS
+    example = Encoded((1, 2, *target), (-100, -100, *target), (1, 2), "", "", {})
+    strategy = make_strategy({"strategy": "prefix_rft", "steps": 40, "decay_steps": 20, "prefixed": 2})
+    lows = [strategy.low_at(step) for step in (0, 10, 20, 39)]
+    assert lows == pytest.approx([0.95, 0.5, 0.05, 0.05])
+    for step, low in ((0, 0.95), (10, 0.5), (30, 0.05)):
+        rows = strategy.repeated([example] * 50, 4, step)
+        hints = [row.num_hint for row in rows]
+        assert [h == 0 for h in hints[:4]][:2] == [True, True] and len(rows) == 200
+        given = [h for row in range(0, 200, 4) for h in hints[row + 2 : row + 4]]
+        assert int(low * 20) <= min(given) and max(given) <= 19
+        assert all(row.prompt_ids == (1, 2, *target[: row.num_hint]) for row in rows)
+        assert len(set(given)) > 1 or low == 0.95
+        again = strategy.repeated([example] * 50, 4, step)
+        assert [row.num_hint for row in again] == hints
+    assert strategy.repeated([example], 4, 11) != strategy.repeated([example], 4, 12)
+
+
+def test_a_prompt_without_a_target_gets_no_prefix():
+    bare = Encoded((1, 2), (-100, -100), (1, 2), "", "", {})
+    rows = make_strategy({"strategy": "prefix_rft"}).repeated([bare], 3, 0)
+    assert [row.num_hint for row in rows] == [0, 0, 0]

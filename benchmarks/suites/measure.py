@@ -22,12 +22,12 @@ class LengthDrawn(HybridTrainer):
         super().__init__(*given, **options)
         self._lengths, self._draw = response_tokens, random.Random(self.config.run.seed)
 
-    def rollout(self, prompts: Batch | Sequence[Any]) -> Rollout:
+    def rollout(self, prompts: Batch | Sequence[Any], **options: Any) -> Rollout:
         config = self.config
         sampling = replace(config.sampling, max_new_tokens=self._draw.randrange(*self._lengths))
         self.config = replace(config, sampling=sampling)
         try:
-            return super().rollout(prompts)
+            return super().rollout(prompts, **options)
         finally:
             self.config = config
 

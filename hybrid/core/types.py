@@ -164,6 +164,7 @@ class Rollout:
     examples: what was answered, B, or none.
     components: raw score by reward name, B each.
     reward_metrics: what the reward logs of each component.   seconds: what it took, by part.
+    given: (B, T) bool, tokens of `mask` that are a demonstration's, which the policy has not drawn; None: none.
     advantage, return_: (B, T) float32, or None until `with_advantages` has put them there; without a critic
         return_ stays None.
     """
@@ -185,6 +186,7 @@ class Rollout:
     sampling_logprob: Tensor | None = None
     decoder: str = "sample"
     window: int | None = None
+    given: Tensor | None = None
     prompts: tuple[str, ...] = ()
     responses: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
@@ -237,7 +239,12 @@ class Rollout:
 
     @property
     def mean_over(self) -> float:
-        return self.num_tokens
+        return self.num_tokens if self.given is None else int(self.drawn.sum())
+
+    @property
+    def drawn(self) -> Tensor:
+        """(B, T) bool, the tokens of `mask` that the policy has drawn."""
+        return self.mask if self.given is None else self.mask & ~self.given
 
     @property
     def prompt_length(self) -> int:

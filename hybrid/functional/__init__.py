@@ -3,7 +3,8 @@
 float64 in gives float64 out, everything else float32 out. `B` sequences, `T` tokens, `V` vocabulary, `D` hidden.
 """
 
-from hybrid.functional.advantage import gae, group_advantage, leave_one_out_advantage
+from hybrid.functional.advantage import gae, group_advantage, leave_one_out_advantage, varied_groups
+from hybrid.functional.demonstration import entropy_threshold, entropy_weight, reinforce_loss, shaped_loss
 from hybrid.functional.divergence import DivergenceKind, linear_divergence
 from hybrid.functional.kl import AdaptiveKL, FixedKL, kl_estimate
 from hybrid.functional.linear_logprob import linear_logprob
@@ -14,6 +15,7 @@ from hybrid.functional.ppo import (
     Aggregation,
     ImportanceLevel,
     ImportanceMode,
+    RatioLevel,
     Surrogate,
     aggregate,
     importance_weight,
@@ -44,6 +46,7 @@ __all__ = [
     "ImportanceLevel",
     "ImportanceMode",
     "PreferenceKind",
+    "RatioLevel",
     "Surrogate",
     "TokenStats",
     "TokenWeight",
@@ -52,6 +55,8 @@ __all__ = [
     "bradley_terry_loss",
     "dpo_loss",
     "entropy",
+    "entropy_threshold",
+    "entropy_weight",
     "full_kl",
     "gae",
     "group_advantage",
@@ -71,13 +76,16 @@ __all__ = [
     "mixed_logprob",
     "nearest",
     "policy_loss",
+    "reinforce_loss",
     "rounded_operands",
     "sft_loss",
+    "shaped_loss",
     "soft_capped",
     "squared_distance",
     "token_logprob",
     "token_reward",
     "token_stats",
     "value_loss",
+    "varied_groups",
     "wins",
 ]

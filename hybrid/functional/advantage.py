@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hybrid.functional.precision import check_same_shape, to_float
 
-__all__ = ["gae", "group_advantage", "leave_one_out_advantage"]
+__all__ = ["gae", "group_advantage", "leave_one_out_advantage", "varied_groups"]
 
 
 @torch.no_grad()
@@ -92,6 +92,21 @@ def leave_one_out_advantage(score: Tensor, group: Tensor) -> Tensor:
     """
     deviation, _, size = _deviation(score, group)
     return deviation * (size / (size - 1).clamp(min=1))
+
+
+def varied_groups(score: Tensor, group: Tensor) -> Tensor:
+    """Whether a row's group has two scores that differ, (B,) bool: the others have no advantage to learn from.
+
+    score: (B,) float.   group: (B,) int, as in `group_advantage`.
+    Raises ValueError if the shapes differ.
+    Source: the dynamic sampling of DAPO (Yu et al. 2025, arXiv:2503.14476), whose constraint is that of 0/1 scores:
+    some right, some wrong.
+    """
+    check_same_shape(score=score, group=group)
+    differs = score.unsqueeze(1) != score.unsqueeze(0)
+    same = group.unsqueeze(1) == group.unsqueeze(0)
+    # Of the whole group: all its rows have one answer.
+    return (same & (differs & same).any(1)).any(1)
 
 
 def _deviation(score: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ __all__ = [
     "Aggregation",
     "ImportanceLevel",
     "ImportanceMode",
+    "RatioLevel",
     "Surrogate",
     "aggregate",
     "importance_weight",
@@ -23,6 +24,7 @@ __all__ = [
 
 Aggregation = Literal["token_mean", "sequence_mean", "fixed_length"]
 Surrogate = Literal["ppo", "cispo"]
+RatioLevel = Literal["token", "sequence"]
 ImportanceLevel = Literal["token", "sequence"]
 ImportanceMode = Literal["truncate", "mask"]
 
@@ -101,6 +103,7 @@ def policy_loss(
     clip_high: float | None = None,
     dual_clip: float | None = None,
     surrogate: Surrogate = "ppo",
+    ratio: RatioLevel = "token",
     weight: Tensor | None = None,
     aggregation: Aggregation = "token_mean",
     fixed_length: int | None = None,
@@ -108,14 +111,17 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped surrogate, to be minimised.
 
-        ratio = exp(logprob - old_logprob)
-        kept  = clip(ratio, 1 - clip, 1 + clip_high)
+        ratio_t = exp(logprob_t - old_logprob_t)                        ratio token
+        ratio_t = exp(mean of logprob - old_logprob over the row)       ratio sequence (GSPO)
+        kept    = clip(ratio, 1 - clip, 1 + clip_high)
         ppo:    loss = sum_t max(-A_t ratio_t, -A_t kept_t) / num_tokens
         cispo:  loss = sum_t -A_t kept_t logprob_t / num_tokens             (no gradient through kept)
 
     logprob, old_logprob, advantage: (B, T).   mask: (B, T), true on the response's own tokens.
     clip: None keeps every ratio; where it is 1 the gradient is then that of -A logprob, of REINFORCE and A2C.
     clip_high: the upper range, `clip` where None.   dual_clip: c > 1; where A < 0 the loss is at most -c A.
+    ratio: of "sequence" each token's gradient is its own, as in GSPO-token: where the tokens of a row have one
+        advantage this is GSPO, value and gradient, and with aggregation "sequence_mean" its objective as published.
     weight: (B, T), a constant factor on each token's loss (`importance_weight`). The divisor stays as it is.
     aggregation: `token_mean` (default), `sequence_mean` (each row's token mean, then the mean of rows),
         `fixed_length` (each row's sum over fixed_length, then the mean of rows).
@@ -125,26 +131,28 @@ def policy_loss(
     Returns `(loss, metrics)`: a scalar, connected to the graph even where the mask is empty, and detached
     token means over this mask: approx_kl (0.5 (logprob - old_logprob)²), clip_fraction (tokens where the
     clipped term is the larger one; cispo: whose ratio was clipped), ratio_mean, ratio_max.
-    Raises ValueError for different shapes, a dual_clip of at most 1, and what needs a clip or surrogate "ppo"
-    where there is none.
+    Raises ValueError for different shapes, an unknown ratio, a dual_clip of at most 1, and what needs a clip or
+    surrogate "ppo" where there is none.
     Source: Schulman et al. 2017, eq. 7 (arXiv:1707.06347); dual clip: Ye et al. 2020, eq. 5
-    (arXiv:1912.09729); CISPO: MiniMax-M1, 2025 (arXiv:2506.13585).
+    (arXiv:1912.09729); CISPO: MiniMax-M1, 2025 (arXiv:2506.13585); GSPO: Zheng et al. 2025 (arXiv:2507.18071).
     """
     check_same_shape(logprob=logprob, old_logprob=old_logprob, advantage=advantage, mask=mask)
     _check_clipping(clip, clip_high, dual_clip, surrogate)
+    if ratio not in ("token", "sequence"):
+        raise ValueError(f"policy_loss: ratio must be token or sequence, got {ratio!r}")
     logprob, old_logprob, advantage = to_float(logprob, old_logprob, advantage)
     mask = mask.bool()
     # Outside the mask anything may stand, and exp of anything may be inf: 0 * inf would poison the gradient.
     log_ratio = (logprob - old_logprob.detach()).masked_fill(~mask, 0.0)
     advantage = advantage.detach().masked_fill(~mask, 0.0)
-    ratio = log_ratio.exp()
-    kept = ratio
+    change = _ratio(log_ratio, mask, ratio)
+    kept = change
     if clip is not None:
-        kept = ratio.clamp(1.0 - clip, 1.0 + (clip if clip_high is None else clip_high))
+        kept = change.clamp(1.0 - clip, 1.0 + (clip if clip_high is None else clip_high))
     if surrogate == "cispo":
-        loss, is_clipped = -advantage * kept.detach() * logprob.masked_fill(~mask, 0.0), kept != ratio
+        loss, is_clipped = -advantage * kept.detach() * logprob.masked_fill(~mask, 0.0), kept != change
     else:
-        loss, is_clipped = _pessimistic(-advantage * ratio, -advantage * kept)
+        loss, is_clipped = _pessimistic(-advantage * change, -advantage * kept)
     if dual_clip is not None:
         loss = torch.where(advantage < 0, torch.minimum(loss, -dual_clip * advantage), loss)
     if weight is not None:
@@ -152,7 +160,16 @@ def policy_loss(
         loss = loss * weight.detach()
 
     total = aggregate(loss, mask, aggregation, fixed_length=fixed_length, num_tokens=num_tokens)
-    return total, _ratio_metrics(log_ratio, ratio, is_clipped, mask)
+    return total, _ratio_metrics(log_ratio, change, is_clipped, mask)
+
+
+def _ratio(log_ratio: Tensor, mask: Tensor, level: RatioLevel) -> Tensor:
+    """See `policy_loss`, (B, T); log_ratio is 0 outside the mask."""
+    if level == "token":
+        return log_ratio.exp()
+    of_row = masked_mean(log_ratio.detach(), mask, 1).unsqueeze(1)
+    # The value is the row's, the gradient the token's.
+    return (log_ratio - log_ratio.detach() + of_row).masked_fill(~mask, 0.0).exp()
 
 
 def _pessimistic(unclipped: Tensor, clipped: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from hybrid.mixing.gate import Gate
 from hybrid.mixing.hint import Hint
 from hybrid.mixing.joint import Joint, Ptx
 from hybrid.mixing.order import Alternate, Sequential
+from hybrid.mixing.prefix_rft import PrefixRFT
 from hybrid.mixing.strategy import (
     Kind,
     Plan,
@@ -23,6 +24,7 @@ __all__ = [
     "Joint",
     "Kind",
     "Plan",
+    "PrefixRFT",
     "Ptx",
     "Sequential",
     "Single",

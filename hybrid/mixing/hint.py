@@ -11,7 +11,7 @@ from hybrid.core import IGNORE, Batch, Encoded
 from hybrid.mixing.strategy import Plan, Strategy, check_range, register_strategy
 from hybrid.objectives import Parts
 
-__all__ = ["Hint"]
+__all__ = ["Hint", "hinted", "longest_prompt", "num_hintable"]
 
 
 @register_strategy("hint")
@@ -24,7 +24,7 @@ class Hint(Strategy):
 
     Rewards read hint and response as one text. PPO learns from the response; the hint is learnt by cross-entropy,
     with the factor sft_coef in the same loss (0: not at all).
-    Source: UFT, eq. B.1 (Liu et al. 2025, arXiv:2505.16984); Prefix-RFT (arXiv:2507.01679) begins likewise.
+    Source: UFT, eq. B.1 (Liu et al. 2025, arXiv:2505.16984).
     """
 
     steps: int = 100
@@ -67,17 +67,11 @@ class Hint(Strategy):
     def prompts(self, examples: Sequence[Encoded], step: int) -> Sequence[Encoded]:
         self.memory["hint_share"] = share = self.share_at(step)
         generator = random.Random(f"{self.seed}/{step}")
-        hinted = []
-        for example in examples:
-            # EOS is never given: the policy has one token to say at least.
-            length = max(len(example.input_ids) - len(example.prompt_ids) - 1, 0)
-            num_hint = sum(generator.random() < share for _ in range(length))
-            prompt_ids = example.input_ids[: len(example.prompt_ids) + num_hint]
-            hinted.append(replace(example, prompt_ids=prompt_ids, num_hint=num_hint))
-        return hinted
+        given = ((example, num_hintable(example)) for example in examples)
+        return [hinted(example, sum(generator.random() < share for _ in range(length))) for example, length in given]
 
     def prompt_length(self, example: Encoded) -> int:
-        return max(len(example.prompt_ids), len(example.input_ids) - 1)
+        return longest_prompt(example)
 
     def supervised(self, source: Parts, examples: Sequence[Encoded]) -> Iterator[Batch]:
         """The hints of these examples over and over, a minibatch's share at a time."""
@@ -85,6 +79,22 @@ class Hint(Strategy):
 
     def metrics(self) -> dict[str, float]:
         return {"hint_share": self.memory.get("hint_share", 0.0)}
+
+
+def num_hintable(example: Encoded) -> int:
+    """The most tokens that a hint may have. EOS is never given: the policy has one token to say at least."""
+    return max(len(example.input_ids) - len(example.prompt_ids) - 1, 0)
+
+
+def hinted(example: Encoded, num_hint: int) -> Encoded:
+    """The example whose prompt ends in the first `num_hint` tokens of its target."""
+    prompt_ids = example.input_ids[: len(example.prompt_ids) + num_hint]
+    return replace(example, prompt_ids=prompt_ids, num_hint=num_hint)
+
+
+def longest_prompt(example: Encoded) -> int:
+    """The tokens of an example's prompt with the longest hint."""
+    return len(example.prompt_ids) + num_hintable(example)
 
 
 def _hint_alone(example: Encoded) -> Encoded:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from hybrid.core import Batch, Encoded, InputError, Registry, Rollout, build
-from hybrid.objectives import Parts, objective_class
+from hybrid.objectives import Parts, objective_class, objective_names
 
 __all__ = [
     "Kind",
@@ -162,6 +162,10 @@ class Strategy(ABC):
         """The examples whose prompts are rolled out."""
         return examples
 
+    def repeated(self, examples: Sequence[Encoded], num_responses: int, step: int) -> Sequence[Encoded] | None:
+        """What each response of the rollout answers, `num_responses` to each of these in turn; None: its prompt."""
+        return None
+
     def prompt_length(self, example: Encoded) -> int:
         """The most tokens that `prompts` may make of an example's prompt."""
         return len(example.prompt_ids)
@@ -212,6 +216,10 @@ def make_strategy(spec: Mapping[str, Any]) -> Strategy:
     """A strategy from a flat spec: its name under `strategy` ("alternate" by default), its fields beside it."""
     fields = {key: value for key, value in spec.items() if key != "strategy"}
     name = spec.get("strategy", "alternate")
+    if name in objective_names() and name not in strategy_names():
+        raise InputError(
+            f"{name!r} is an objective, not a strategy: mixing: {{strategy: objective, objective: {name}}}"
+        )
     made: Strategy = build(_strategies[name], fields, what=f"mixing strategy {name!r}", path="mixing")
     return made
 

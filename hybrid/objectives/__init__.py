@@ -1,12 +1,22 @@
 """Objectives: each says where its rows come from and what their loss is; and the one update that adds them up."""
 
 from hybrid.objectives.accumulate import Loss, Term, accumulate
-from hybrid.objectives.advantages import check_groups, minibatches, rollout_metrics, shares, with_advantages
+from hybrid.objectives.advantages import (
+    check_groups,
+    minibatches,
+    rollout_metrics,
+    shares,
+    varied_rows,
+    with_advantages,
+)
 from hybrid.objectives.decoders import check_decoder
 from hybrid.objectives.distill import Distill, DistillData
 from hybrid.objectives.dpo import DPO
+from hybrid.objectives.earlier import beside
 from hybrid.objectives.gram import policy_gram
+from hybrid.objectives.hpt import HPT
 from hybrid.objectives.kto import KTO
+from hybrid.objectives.luffy import LUFFY
 from hybrid.objectives.objective import (
     Measures,
     Objective,
@@ -25,10 +35,12 @@ from hybrid.objectives.ppo import PPO, Divisors, ppo_batch_loss
 from hybrid.objectives.ppo_config import Advantage, PPOConfig
 from hybrid.objectives.precision import Precision, autocast, grad_scaler
 from hybrid.objectives.preference_config import PreferencesConfig
+from hybrid.objectives.prefix_rft import PrefixRFT
 from hybrid.objectives.ptx import PTX
 from hybrid.objectives.replay import Replay
 from hybrid.objectives.reward_model import RewardModelObjective
 from hybrid.objectives.sft import SFT, SFTConfig, sft_batch_loss
+from hybrid.objectives.srft import SRFT
 from hybrid.objectives.tbptt import TBPTT, Windows
 from hybrid.objectives.texts import texts_of
 from hybrid.objectives.update import GradientConfig, over_updates, scaled_lr, update
@@ -36,12 +48,15 @@ from hybrid.objectives.updater import Updater
 
 __all__ = [
     "DPO",
+    "HPT",
     "KTO",
+    "LUFFY",
     "PPO",
     "PTX",
     "RAFT",
     "SFT",
     "SPIN",
+    "SRFT",
     "TBPTT",
     "Advantage",
     "Distill",
@@ -57,6 +72,7 @@ __all__ = [
     "Parts",
     "Precision",
     "PreferencesConfig",
+    "PrefixRFT",
     "Replay",
     "RewardModelObjective",
     "SFTConfig",
@@ -65,6 +81,7 @@ __all__ = [
     "Windows",
     "accumulate",
     "autocast",
+    "beside",
     "check_decoder",
     "check_groups",
     "check_objectives",
@@ -86,5 +103,6 @@ __all__ = [
     "shares",
     "texts_of",
     "update",
+    "varied_rows",
     "with_advantages",
 ]

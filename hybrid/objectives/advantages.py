@@ -16,11 +16,12 @@ from hybrid.functional import (
     masked_var,
     masked_whiten,
     value_loss,
+    varied_groups,
 )
 from hybrid.fused import gae
 from hybrid.objectives.ppo_config import PPOConfig
 
-__all__ = ["check_groups", "minibatches", "rollout_metrics", "shares", "with_advantages"]
+__all__ = ["check_groups", "minibatches", "rollout_metrics", "shares", "varied_rows", "with_advantages"]
 
 
 def with_advantages(rollout: Rollout, config: PPOConfig) -> Rollout:
@@ -52,6 +53,14 @@ def check_groups(rollout: Rollout, config: PPOConfig) -> None:
             f"ppo.advantage {config.advantage!r} compares the responses to one prompt, and no two of the "
             f"{len(rollout)} in this rollout answer the same; give each prompt several, or set ppo.advantage=gae"
         )
+
+
+def varied_rows(rollout: Rollout, num_groups: int) -> tuple[Tensor, int]:
+    """The rows of the first `num_groups` groups whose scores differ, (n,) int64, and the number of these groups."""
+    assert rollout.group is not None  # collect numbers the prompts
+    varied = varied_groups(rollout.score, rollout.group)
+    chosen = rollout.group[varied].unique()[:num_groups]
+    return torch.isin(rollout.group, chosen).nonzero().squeeze(1), len(chosen)
 
 
 def _against_the_group(rollout: Rollout, config: PPOConfig) -> Tensor:

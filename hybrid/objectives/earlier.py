@@ -1,6 +1,6 @@
 """Responses of earlier rollouts as rows to learn from: scored anew by the policy as it is now."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from hybrid.objectives.objective import Parts
 from hybrid.objectives.ppo_config import PPOConfig
 from hybrid.rollout import CollectOptions, KLConfig, Responses, ScoreConfig, assemble
 
-__all__ = ["beside", "check_staleness", "rescored", "with_stale"]
+__all__ = ["assembled_as", "beside", "check_staleness", "rescored", "with_stale"]
 
 
 def check_staleness(memory: Memory | None, ppo: PPOConfig, score: ScoreConfig) -> None:
@@ -52,12 +52,16 @@ def with_stale(rollout: Rollout, parts: Parts, ppo: PPOConfig, kl: KLConfig, sco
     check_staleness(parts.memory, ppo, score)
     rows = [row for visit in visits for row in visit.rows]
     group = torch.tensor([number for number, visit in enumerate(visits) for _ in visit.rows])
-    options: CollectOptions = {
+    stale = rescored(rows, parts, parts.references, rollout, group, assembled_as(parts, ppo, kl, score))
+    return with_advantages(beside(rollout, stale), ppo)
+
+
+def assembled_as(parts: Parts, ppo: PPOConfig, kl: KLConfig, score: ScoreConfig) -> CollectOptions:
+    """What becomes of rows as it does of a rollout's."""
+    return {
         "score": score, "kl_coef": 0.0 if kl.in_loss else parts.kl.coef, "kl_kind": kl.kind,
         "minibatch_size": ppo.minibatch_size, "microbatch_size": ppo.microbatch_size,
     }  # fmt: skip
-    stale = rescored(rows, parts, parts.references, rollout, group, options)
-    return with_advantages(beside(rollout, stale), ppo)
 
 
 def rescored(
@@ -87,16 +91,20 @@ def rescored(
     ended, scores = torch.tensor([row.ended for row in rows]), torch.tensor([row.score for row in rows])
     drawn = logprob.to(device) if known else None
     responses = Responses(ids.to(device), mask.to(device), ended.to(device), drawn)
-    with parts.autocast():
+    with parts.world.gathered(), parts.autocast():
         return assemble(
             parts.policy, references, prompt_ids.to(device), prompt_mask.to(device), responses, scores,
             temperature=fresh.temperature, decoder=fresh.decoder, window=fresh.window,
-            group=None if group is None else group.to(device), **options,
+            group=None if group is None else group.to(device), world=parts.world, **options,
         )  # fmt: skip
 
 
-def beside(first: Rollout, second: Rollout) -> Rollout:
-    """The rows of both in one rollout, none of whose groups are shared; the texts are left out."""
+def beside(first: Rollout, second: Rollout, *, num_groups: int | None = None) -> Rollout:
+    """The rows of both in one rollout. Texts and examples are left out where not both have them.
+
+    num_groups: the number of the second's first group; None: the first that is free, so that none is shared.
+    What the reward logs is the mean over the rows, and seconds are added up.
+    """
     prompt = max(first.prompt_length, second.prompt_length)
     response = max(first.mask.shape[1], second.mask.shape[1])
 
@@ -109,11 +117,26 @@ def beside(first: Rollout, second: Rollout) -> Rollout:
         return nn.functional.pad(x, (left, response - rollout.mask.shape[1]))
 
     if first.group is not None and second.group is not None and len(first):
-        second = replace(second, group=second.group + int(first.group.max()) + 1)
+        free = int(first.group.max()) + 1 if num_groups is None else num_groups
+        second = replace(second, group=second.group + free)
     joined: dict[str, Any] = {}
     for f in fields(Rollout):
-        if isinstance(getattr(first, f.name), Tensor):
-            both = getattr(second, f.name)
+        one, other = getattr(first, f.name), getattr(second, f.name)
+        if isinstance(one, Tensor):
             axis = 1 if f.name == "ref_logprob" else 0
-            joined[f.name] = None if both is None else torch.cat([padded(first, f.name), padded(second, f.name)], axis)
-    return replace(first[:0], **joined)
+            joined[f.name] = None if other is None else torch.cat([padded(first, f.name), padded(second, f.name)], axis)
+        elif f.name in ("prompts", "responses", "targets", "examples") and len(one) == len(first):
+            joined[f.name] = (*one, *other) if len(other) == len(second) else ()
+    both = first.components.keys() & second.components.keys()
+    return replace(
+        first[:0],
+        **joined,
+        components={name: (*first.components[name], *second.components[name]) for name in sorted(both)},
+        reward_metrics=_means(first.reward_metrics, second.reward_metrics, len(first) / (len(first) + len(second))),
+        seconds={part: first.seconds[part] + second.seconds.get(part, 0.0) for part in first.seconds},
+    )
+
+
+def _means(first: Mapping[str, float], second: Mapping[str, float], share: float) -> dict[str, float]:
+    """The first's numbers, each with the second's of that name where it has one; share: the weight of the first."""
+    return {name: share * x + (1 - share) * second.get(name, x) for name, x in first.items()}

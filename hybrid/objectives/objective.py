@@ -29,6 +29,7 @@ from hybrid.functional import AdaptiveKL, FixedKL
 from hybrid.memory import Memory
 from hybrid.models import Policy, Reference
 from hybrid.objectives.accumulate import Loss, Term
+from hybrid.rewards import Reward
 
 __all__ = [
     "Measures",
@@ -51,6 +52,7 @@ class Parts(Protocol):
     references: list[Reference]
     kl: FixedKL | AdaptiveKL
     tokenizer: Any
+    reward: Reward | None
     folder: Path | None  # the run's, where what was computed once may be kept
     world: World  # the run's processes, which go through the same steps
 
@@ -117,6 +119,7 @@ class Objective(ABC, Generic[Record]):
     windowed: ClassVar[bool] = False  # of one that rolls out, whether its loss sees what the decoder's `window` lets it
     needs_reward_head: ClassVar[bool] = False  # whether the policy has to have one
     needs_memory: ClassVar[bool] = False  # whether it learns from what a memory has kept
+    needs_targets: ClassVar[bool] = False  # of one that rolls out, whether it learns from its prompts' targets too
     dropout: ClassVar[bool] = True  # whether the policy is in training mode
     lr_factor: float = 1.0  # see `Term`
     microbatch_size: int | None = None  # see `Term`
@@ -146,6 +149,13 @@ class Objective(ABC, Generic[Record]):
     @classmethod
     def check_settings(cls, **settings: Any) -> None:
         """Refuse (InputError, ValueError) values in the config's `objectives.NAME`, before a model is loaded."""
+
+    @classmethod
+    def check_sections(cls, name: str, sections: Mapping[str, Any]) -> None:
+        """Refuse (InputError) what it could not learn with in the config's sections, before a model is loaded.
+
+        name: its own.
+        """
 
     def check(self) -> None:
         """Refuse (InputError), before a run's first step, what it could not learn from: examples without a target."""

@@ -16,7 +16,7 @@ from hybrid.objectives.objective import Objective, Parts, register_objective
 from hybrid.objectives.ppo_config import PPOConfig
 from hybrid.rollout import KLConfig, ScoreConfig
 
-__all__ = ["PPO", "Divisors", "ppo_batch_loss"]
+__all__ = ["PPO", "Divisors", "policy_term", "ppo_batch_loss"]
 
 
 @register_objective("ppo")
@@ -48,24 +48,44 @@ class PPO(Objective[Rollout]):
             config=self.config,
             kl_loss_coef=self.parts.kl.coef if self.kl.in_loss else 0.0,
             kl_kind=self.kl.kind,
-            divisors=Divisors.of(whole, self.config),
+            divisors=self.divisors(whole),
+            term=self.policy_term(whole),
         )
+
+    def divisors(self, whole: Rollout) -> "Divisors":
+        """What an update's summed losses are divided by."""
+        return Divisors.of(whole, self.config)
+
+    def policy_term(self, whole: Rollout) -> "PolicyTerm":
+        """What of the loss moves the policy towards the better responses of an update's rows; see `policy_term`."""
+        return policy_term
 
 
 @dataclass(frozen=True)
 class Divisors:
     """What the summed losses of one optimizer step are divided by.
 
-    tokens: its valid tokens.   policy: the same, or what the policy loss's aggregation counts instead.
+    tokens: the tokens that the policy has drawn.   policy: the same, or what the policy loss's aggregation counts
+    instead.   given: the tokens of demonstrations.
     """
 
     tokens: int
     policy: int
+    given: int = 0
 
     @classmethod
     def of(cls, rollout: Rollout, config: PPOConfig) -> "Divisors":
         """Those of a step over all these rows."""
-        return cls(rollout.num_tokens, loss_divisor(rollout.mask, config.aggregation, config.fixed_length))
+        drawn = rollout.drawn
+        if rollout.given is not None:
+            drawn = drawn[drawn.any(1)]  # a row that is all given has nothing to count
+        tokens = rollout.num_tokens if rollout.given is None else int(drawn.sum())
+        policy = loss_divisor(drawn, config.aggregation, config.fixed_length)
+        return cls(tokens, policy, rollout.num_tokens - tokens)
+
+
+# (log-probs (B, T), the rows, the config, the divisors) -> (a summand of the loss, what there is to log of it).
+PolicyTerm = Callable[[Tensor, Rollout, PPOConfig, Divisors], Loss]
 
 
 def ppo_batch_loss(
@@ -76,12 +96,14 @@ def ppo_batch_loss(
     kl_loss_coef: float = 0.0,
     kl_kind: str = "k3",
     divisors: Divisors | None = None,
+    term: PolicyTerm | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of these rows of a rollout that has advantages.
 
         loss = policy_loss + value_coef * value_loss - entropy_coef * entropy + kl_loss_coef * kl
 
-    Entropy and KL are averaged as the policy's token losses are (`aggregation`), values over tokens.
+    Entropy and KL are averaged as the policy's token losses are (`aggregation`), values over tokens. All are of the
+    tokens that the policy has drawn (`Rollout.drawn`); term: what stands in place of policy_loss, and sees all tokens.
 
     The value loss is there where the advantage has a critic; without, the value head gets no gradient.
     kl_loss_coef: the weight of the KL to the references as a loss, of kind k2 or k3; 0 where it is in the
@@ -92,7 +114,7 @@ def ppo_batch_loss(
     """
     if rollout.advantage is None or (config.has_critic and rollout.return_ is None):
         raise ValueError("ppo_batch_loss: the rollout has no advantages; call with_advantages(rollout, config) first")
-    mask = rollout.mask
+    mask, drawn = rollout.mask, rollout.drawn
     divisors = divisors or Divisors.of(rollout, config)
     out = policy(rollout.input_ids, rollout.attention_mask, window=rollout.window, length=mask.shape[1])
     # The entropy's gradient costs a pass over the vocabulary: asked for only where it enters the loss.
@@ -101,37 +123,36 @@ def ppo_batch_loss(
         policy.backbone, out.hidden, rollout.input_ids, mask, temperature=rollout.temperature, want=want
     )
     assert stats.logprob is not None
-    loss, metrics = _policy_term(stats.logprob, rollout, config, divisors)
+    loss, metrics = (term or policy_term)(stats.logprob, rollout, config, divisors)
     if config.has_critic:
         value_term, metrics["value_clip_fraction"] = _value_term(out.value, rollout, config, divisors)
         loss = loss + config.value_coef * value_term
         metrics["value_loss"] = value_term.detach()
     if stats.entropy is not None:
-        entropy = aggregate(stats.entropy, mask, config.aggregation, num_tokens=divisors.policy)
+        entropy = aggregate(stats.entropy, drawn, config.aggregation, num_tokens=divisors.policy)
         loss = loss - config.entropy_coef * entropy
     if kl_loss_coef:
         kl = _kl_to_references(stats.logprob, rollout, kl_kind)
-        kl_term = aggregate(kl, mask, config.aggregation, num_tokens=divisors.policy)
+        kl_term = aggregate(kl, drawn, config.aggregation, num_tokens=divisors.policy)
         loss = loss + kl_loss_coef * kl_term
         metrics["kl_loss"] = kl_term.detach()
     return loss, metrics
 
 
-def _policy_term(
-    logprob: Tensor, rollout: Rollout, config: PPOConfig, divisors: Divisors
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """(the clipped surrogate, what there is to log of it); logprob: (B, T)."""
+def policy_term(logprob: Tensor, rollout: Rollout, config: PPOConfig, divisors: Divisors) -> Loss:
+    """(the clipped surrogate of the tokens that were drawn, what there is to log of it); logprob: (B, T)."""
     assert rollout.advantage is not None
     weight, weight_metrics = _importance_weight(rollout, config)
     term, metrics = policy_loss(
         logprob,
         rollout.old_logprob,
         rollout.advantage,
-        rollout.mask,
+        rollout.drawn,
         clip=config.clip,
         clip_high=config.clip_high,
         dual_clip=config.dual_clip,
         surrogate=config.surrogate,
+        ratio=config.ratio,
         weight=weight,
         aggregation=config.aggregation,
         fixed_length=config.fixed_length,
@@ -144,7 +165,7 @@ def _policy_term(
 def _value_term(value: Tensor, rollout: Rollout, config: PPOConfig, divisors: Divisors) -> tuple[Tensor, Tensor]:
     """(the value loss, the share of clipped values); value: (B, P+T)."""
     assert rollout.return_ is not None
-    mask = rollout.mask
+    mask = rollout.drawn
     term, metrics = value_loss(
         before_response(value, mask.shape[1]), rollout.old_value, rollout.return_, mask,
         clip=config.value_clip, num_tokens=divisors.tokens,
@@ -162,7 +183,7 @@ def _importance_weight(rollout: Rollout, config: PPOConfig) -> tuple[Tensor | No
             f"rollout has no sampling_logprob; give step(logprobs=...), or set ppo.importance=null"
         )
     return importance_weight(
-        rollout.old_logprob, rollout.sampling_logprob, rollout.mask,
+        rollout.old_logprob, rollout.sampling_logprob, rollout.drawn,
         level=config.importance, mode=config.importance_mode, cap=config.importance_cap,
     )  # fmt: skip
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from hybrid.functional import Aggregation, ImportanceLevel, ImportanceMode, Surrogate
+from hybrid.functional import Aggregation, ImportanceLevel, ImportanceMode, RatioLevel, Surrogate
 
 __all__ = ["Advantage", "PPOConfig"]
 
@@ -12,6 +12,7 @@ Advantage = Literal["gae", "group", "group_mean", "leave_one_out", "reinforce++"
 CHOICES = {
     "advantage": Advantage,
     "surrogate": Surrogate,
+    "ratio": RatioLevel,
     "aggregation": Aggregation,
     "importance_mode": ImportanceMode,
 }
@@ -31,16 +32,21 @@ class PPOConfig:
     penalty. All but gae have no critic: the value head is not trained, and lam and value_* are not read.
     A2C is epochs = 1, minibatch_size = all responses, clip = None. CISPO's authors leave out the lower bound: clip = 1,
     with the upper one in clip_high.
+    GSPO is ratio = sequence with a group's advantage and aggregation = sequence_mean; its ratios stay close to 1, and
+    its authors clip at 3e-4 and 4e-4. DAPO is advantage = group with clip_high and resample.
     """
 
     batch_size: int = 64  # prompts of one rollout
     samples_per_prompt: int = 1  # responses to each of them
+    # More rollouts of a step, at most, in place of prompts whose responses all score alike; 0: those stay.
+    resample: int = 0
     minibatch_size: int = 16  # responses of one optimizer step
     microbatch_size: int | None = None  # rows of one forward and backward; None: the minibatch
     epochs: int = 4  # passes over one rollout
     lr_factor: float = 1.0  # on the optimizer's learning rate; beside other objectives their mean, weighted by coef
     advantage: Advantage = "gae"
     surrogate: Surrogate = "ppo"  # cispo: the ratio is clipped as a weight, and no token loses its gradient
+    ratio: RatioLevel = "token"  # sequence: GSPO, the geometric mean of a response's ratios at all its tokens
     clip: float | None = 0.2  # ratio kept in [1 - clip, 1 + clip]; None: not clipped
     clip_high: float | None = None  # another upper range: [1 - clip, 1 + clip_high]
     dual_clip: float | None = None  # c > 1: a negative advantage costs at most c times itself
@@ -126,6 +132,13 @@ class PPOConfig:
             raise ValueError(
                 f"PPOConfig.samples_per_prompt must be >= 2 with advantage {self.advantage!r}, which compares the "
                 f"responses to one prompt, got {self.samples_per_prompt}"
+            )
+        if self.resample < 0:
+            raise ValueError(f"PPOConfig.resample must be >= 0, got {self.resample}")
+        if self.resample and self.is_per_token:
+            raise ValueError(
+                f"PPOConfig.resample replaces groups in which no response is better than another, and advantage "
+                f"{self.advantage!r} compares none: take group, group_mean or leave_one_out, or set it to 0"
             )
         if not self.is_per_token and self.whiten_reward:
             raise ValueError(

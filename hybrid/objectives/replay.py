@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from hybrid.core import InputError, Rollout
-from hybrid.functional import masked_mean, masked_sum
+from hybrid.functional import masked_mean, reinforce_loss
 from hybrid.models import response_stats
 from hybrid.objectives.accumulate import Loss
 from hybrid.objectives.earlier import rescored
@@ -83,7 +83,7 @@ class Replay(Objective[Rollout]):
         hidden = backbone(part.input_ids, part.attention_mask)
         stats = response_stats(backbone, hidden, part.input_ids, part.mask, temperature=part.temperature)
         assert stats.logprob is not None and part.advantage is not None
-        loss = -masked_sum(part.advantage * stats.logprob, part.mask) / max(num_tokens, 1)
+        loss = reinforce_loss(stats.logprob, part.advantage, part.mask, num_tokens=num_tokens)
         with torch.no_grad():
             nll = masked_mean(-stats.logprob, part.mask)
             weight = masked_mean(part.advantage, part.mask)

@@ -4,7 +4,7 @@ from hybrid.rollout.asked import Asked
 from hybrid.rollout.collect import CollectOptions, ScoreConfig, assemble, collect
 from hybrid.rollout.decoder import Decoder, decoder_class, decoder_names, make_decoder, register_decoder
 from hybrid.rollout.engine import Engine, RolloutConfig
-from hybrid.rollout.judge import response_texts
+from hybrid.rollout.judge import Judge, response_texts
 from hybrid.rollout.kl import KLConfig, KLKind, kl_controller
 from hybrid.rollout.lists import Ids, from_lists
 from hybrid.rollout.opponent import NamedModel, PastPolicy
@@ -19,6 +19,7 @@ __all__ = [
     "Decoder",
     "Engine",
     "Ids",
+    "Judge",
     "KLConfig",
     "KLKind",
     "NamedModel",

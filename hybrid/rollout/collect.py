@@ -69,6 +69,7 @@ def collect(
     tokenizer: Any,
     sampling: SamplingConfig | None = None,
     samples_per_prompt: int = 1,
+    repeated: bool = False,
     generator: torch.Generator | None = None,
     engine: Engine | None = None,
     allow_gap: bool = False,
@@ -77,6 +78,7 @@ def collect(
     """Answer the batch's prompts, score the answers, and assemble the rollout.
 
     samples_per_prompt: responses to each prompt; they stand together and are one `group`, of the prompt's number.
+    repeated: the batch has each prompt so many times already, as where they have hints of their own.
     engine: the policy's, which keeps from rollout to rollout what makes it fast; None: one for this rollout alone.
     options: see `CollectOptions`.
     allow_gap: whether the responses may have been drawn from another distribution than the training forward's, as
@@ -86,7 +88,8 @@ def collect(
     """
     sampling = sampling or SamplingConfig()
     asked = batch.examples if isinstance(batch, Batch) else tuple(batch)
-    examples = [example for example in asked for _ in range(samples_per_prompt)]
+    each = 1 if repeated else samples_per_prompt
+    examples = [example for example in asked for _ in range(each)]
     engine = engine or Engine(policy)
     start = time.perf_counter()
     for backbone in _backbones(policy, references):
@@ -94,7 +97,7 @@ def collect(
     with enough_memory("sampling", "Lower ppo.batch_size or sampling.max_new_tokens, or set model.precision=bfloat16"):
         prompt_ids, prompt_mask, responses = respond(
             engine, asked, tokenizer=tokenizer, sampling=sampling, generator=generator,
-            samples_per_prompt=samples_per_prompt, reward=reward,
+            samples_per_prompt=each, reward=reward,
         )  # fmt: skip
     generated = time.perf_counter()
     texts, scores = engine.world.once(lambda: judged(reward, examples, responses, tokenizer, sampling))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hybrid.functional import gae, group_advantage, leave_one_out_advantage
+from hybrid.functional import gae, group_advantage, leave_one_out_advantage, varied_groups
 
 # float64, rewards and values of order 1, at most 257 terms: rounding stays far below this.
 TIGHT = 1e-10
@@ -310,3 +310,14 @@ def test_no_gradient_flows_through_advantages_within_groups(name):
 def test_a_group_for_every_score_is_demanded(name):
     with pytest.raises(ValueError, match=r"group \(3,\)"):
         WITHIN_GROUPS[name](torch.zeros(4), torch.zeros(3).long())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_varied_groups_are_those_with_two_scores_that_differ(seed):
+    generator = torch.Generator().manual_seed(seed)
+    score = torch.randint(0, 2, (14,), generator=generator).float()
+    group = torch.randint(0, 6, (14,), generator=generator)
+    found = varied_groups(score, group).tolist()
+    for row in range(14):
+        scores = {score[other].item() for other in range(14) if group[other] == group[row]}
+        assert found[row] == (len(scores) > 1)

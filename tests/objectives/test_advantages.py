@@ -112,10 +112,10 @@ def test_advantages_of_a_critic_free_step_do_for_no_critic(policy, rollout):
         ppo_batch_loss(policy, done, PPOConfig(**SIZES))
 
 
-@pytest.mark.parametrize("surrogate", ["ppo", "cispo"])
+@pytest.mark.parametrize("options", [{}, {"surrogate": "cispo"}, {"ratio": "sequence"}], ids=str)
 @pytest.mark.parametrize("advantage", ["gae", *CRITIC_FREE])
-def test_the_first_minibatch_has_ratio_one_exactly_whatever_the_advantage(policy, rollout, advantage, surrogate):
-    config = PPOConfig(batch_size=3, samples_per_prompt=4, minibatch_size=4, advantage=advantage, surrogate=surrogate)
+def test_the_first_minibatch_has_ratio_one_exactly_whatever_the_advantage(policy, rollout, advantage, options):
+    config = PPOConfig(batch_size=3, samples_per_prompt=4, minibatch_size=4, advantage=advantage, **options)
     done = with_advantages(rollout, config)
     _, metrics = ppo_batch_loss(policy, done[next(minibatches(len(done), config))], config)
     assert metrics["ratio_max"] == metrics["ratio_mean"] == 1.0

@@ -6,6 +6,7 @@ from preference_trainer import trainer_on
 from tiny import tiny_model
 
 from hybrid import InputError, Policy
+from hybrid.config import ReferenceConfig
 from hybrid.core import IGNORE
 from hybrid.models import Reference
 
@@ -87,3 +88,24 @@ def test_a_teacher_of_another_vocabulary_is_refused(tokenizer):
 def test_a_mixture_weight_outside_of_its_range_is_refused(tokenizer):
     with pytest.raises(InputError, match=r"objectives\.distill: mix must lie in \(0, 1\), got 1\.5"):
         trainer_with(tokenizer, distill={"mix": 1.5})
+
+
+@pytest.mark.slow
+def test_a_teachers_folder_is_distilled_on_beside_ppo_and_the_targets(tokenizer, tmp_path):
+    """The teacher was fine-tuned on the targets; PPO is held to where the policy began, not to the teacher."""
+    taught = trainer_on(tokenizer, ROWS, model=tiny_model(seed=5), mixing={"strategy": "objective", "steps": 30})
+    taught.train()
+    taught.save(tmp_path / "teacher")
+    references = [{}, {"model": str(tmp_path / "teacher"), "weight": 0.0}]
+    trainer = trainer_on(
+        tokenizer, ROWS, reward=lambda response: float(len(response)),
+        references=tuple(ReferenceConfig(**reference) for reference in references),
+        objectives={"distill": {"reference": 1}},
+        mixing={"strategy": "blend", "steps": 8, "coefs": {"ppo": 0.1, "distill": 1.0, "sft": 0.1}},
+    )  # fmt: skip
+    rollout = trainer.rollout(trainer.corpus.train, scored=False)
+    assert not rollout.kl.any(), "the policy is its own first reference, and the teacher has no weight"
+    divergence = [float(trainer.objectives["distill"].term(rollout).loss_of(rollout)[0].detach())]
+    trainer.train()
+    divergence.append(float(trainer.objectives["distill"].term(rollout).loss_of(rollout)[0].detach()))
+    assert divergence[1] < 0.8 * divergence[0]

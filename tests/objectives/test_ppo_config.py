@@ -24,6 +24,7 @@ def test_a_minibatch_may_hold_every_response_and_no_more():
         ("clip_high", 0.0), ("dual_clip", 1.0), ("value_clip", -0.1), ("value_coef", -1.0), ("entropy_coef", -1.0),
         ("gamma", 1.1), ("lam", -0.1), ("target_kl", 0.0), ("lr_factor", -1.0), ("fixed_length", 5),
         ("samples_per_prompt", 0), ("advantage", "grpo"), ("surrogate", "a2c"), ("aggregation", "mean"),
+        ("ratio", "row"), ("resample", -1), ("resample", 2),
         ("importance", "tokens"), ("importance_mode", "clip"), ("importance_cap", 0.5),
     ],
 )  # fmt: skip
