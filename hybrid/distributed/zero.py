@@ -159,8 +159,6 @@ class DeepSpeed(Processes):
         ]
 
     def load_optimizer_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         parameters = [p for group in self._groups for p in group]
         for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
             group.update({key: x for key, x in saved.items() if key != "params"})
@@ -174,7 +172,20 @@ class DeepSpeed(Processes):
         for number, of in state["state"].items():
             for key, x in of.items():
                 if isinstance(x, Tensor) and x.shape == _shape(parameters[number]):
-                    safe_set_full_optimizer_state(parameters[number], x.to(self._zero.device), key)
+                    self._set_state(parameters[number], key, x)
+
+    def _set_state(self, parameter: nn.Parameter, key: str, whole: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        zero = self._zero
+        whole = whole.to(zero.device)
+        if self.config.zero_stage < 3:
+            safe_set_full_optimizer_state(parameter, whole, key)
+            return
+        # DeepSpeed's own cut of the whole fails where a part is padding, as of a bias of one number.
+        *_, size = zero.grad_position[zero.get_param_id(parameter)]
+        padded = nn.functional.pad(whole.flatten(), (0, size * self.size - whole.numel()))
+        safe_set_local_optimizer_state(parameter, padded[self.rank * size : (self.rank + 1) * size], key)
 
     def _link(self) -> None:
         """Have DeepSpeed find a weight's part of the states that there are by now."""
