@@ -107,6 +107,9 @@ class DeepSpeed(Processes):
     def drop(self, optimizer: torch.optim.Optimizer) -> None:
         self._used.clear()
         self._zero.zero_grad(set_to_none=True)
+        if self.config.zero_stage == 3:
+            # What an update does not use would still count in its norm, with the gradient of an earlier one.
+            self._zero.grad_partitions_flat_buffer.zero_()
         for number in list(self._zero.averaged_gradients):
             if self.config.zero_stage == 3:
                 del self._zero.averaged_gradients[number]

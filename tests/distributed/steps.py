@@ -49,7 +49,7 @@ def metrics_of(made: Learner, step: str) -> dict[str, float]:
 def main(model: str, folder: str, steps: str, sections: str) -> None:
     for step in steps.split(","):
         made = learner(model, step, **json.loads(sections))
-        found = [metrics_of(made, step) for _ in range(2)]
+        found = [metrics_of(made, kind) for kind in (("ppo", "sft") if step == "then" else (step, step))]
         with made.world.gathered():
             weights = {name: x.detach().cpu().clone() for name, x in made.policy.named_parameters()}
         state = made.world.optimizer_state(made.optimizer)
