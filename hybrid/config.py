@@ -152,6 +152,8 @@ class HybridConfig:
                     f"config: section {section.name!r} must be a {plain.__name__}, got {value!r:.60}; "
                     "HybridConfig.from_dict takes nested mappings"
                 )
+        if self.rollout.needs_correction and self.ppo.importance is None:
+            object.__setattr__(self, "ppo", replace(self.ppo, importance="token"))
         make_strategy(self.mixing)
         check_memory(self.memory)
         check_objectives(self.objectives, {section.name for section in fields(self)})
@@ -199,6 +201,7 @@ class HybridConfig:
     def check_decoders(self, context: int | None) -> None:
         """Refuse decoders that this reward, or a model of so many tokens (None: not known), does not let work."""
         for sampling in (self.sampling, self.eval.sampling(self.sampling)):
+            self.rollout.check_sampling(sampling)
             sampling.search.check_reward(self.reward)
             sampling.search.check_context(context)
 

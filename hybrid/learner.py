@@ -37,13 +37,13 @@ from hybrid.objectives import (
 from hybrid.rewards import Unjudged, make_reward
 from hybrid.rollout import (
     CollectOptions,
-    Engine,
     Ids,
     SamplingConfig,
     assemble,
     collect,
     from_lists,
     kl_controller,
+    make_engine,
     respond,
     response_texts,
 )
@@ -137,7 +137,7 @@ class Learner(Supply):
             self.policy, config.optimizer, config.scheduler, config.gradient,
             num_updates=self.num_updates(self.strategy), precision=config.model.precision,
         )  # fmt: skip
-        self.engine = Engine(self.policy, config.rollout)
+        self.engine = make_engine(self.policy, config.rollout)
         self.kl = kl_controller(config.kl)
         self.sampler, self.shuffler, self.speaker = random_streams(config.run.seed, self.policy.device)
         self.objectives = Objectives(self, lambda: vars(self.config))

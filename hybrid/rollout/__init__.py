@@ -4,6 +4,7 @@ from hybrid.rollout.asked import Asked
 from hybrid.rollout.collect import CollectOptions, ScoreConfig, assemble, collect
 from hybrid.rollout.decoder import Decoder, decoder_class, decoder_names, make_decoder, register_decoder
 from hybrid.rollout.engine import Engine, RolloutConfig
+from hybrid.rollout.engines import check_engine, make_engine
 from hybrid.rollout.judge import response_texts
 from hybrid.rollout.kl import KLConfig, KLKind, kl_controller
 from hybrid.rollout.lists import Ids, from_lists
@@ -12,6 +13,8 @@ from hybrid.rollout.respond import respond
 from hybrid.rollout.responses import Responses
 from hybrid.rollout.sample import sample
 from hybrid.rollout.sampling import SamplingConfig
+from hybrid.rollout.torch_engine import TorchEngine
+from hybrid.rollout.vllm_engine import VLLMEngine
 
 __all__ = [
     "Asked",
@@ -27,13 +30,17 @@ __all__ = [
     "RolloutConfig",
     "SamplingConfig",
     "ScoreConfig",
+    "TorchEngine",
+    "VLLMEngine",
     "assemble",
+    "check_engine",
     "collect",
     "decoder_class",
     "decoder_names",
     "from_lists",
     "kl_controller",
     "make_decoder",
+    "make_engine",
     "register_decoder",
     "respond",
     "response_texts",

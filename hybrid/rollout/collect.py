@@ -20,6 +20,7 @@ from hybrid.rollout.kl import KLKind
 from hybrid.rollout.respond import respond
 from hybrid.rollout.responses import Responses
 from hybrid.rollout.sampling import SamplingConfig
+from hybrid.rollout.torch_engine import TorchEngine
 
 __all__ = ["CollectOptions", "ScoreConfig", "assemble", "collect", "shaped_score"]
 
@@ -91,7 +92,7 @@ def collect(
         backbone.fit_vocabulary(tokenizer)
     with enough_memory("sampling", "Lower ppo.batch_size or sampling.max_new_tokens, or set model.precision=bfloat16"):
         prompt_ids, prompt_mask, responses = respond(
-            engine or Engine(policy), asked, tokenizer=tokenizer, sampling=sampling, generator=generator,
+            engine or TorchEngine(policy), asked, tokenizer=tokenizer, sampling=sampling, generator=generator,
             samples_per_prompt=samples_per_prompt, reward=reward,
         )  # fmt: skip
     generated = time.perf_counter()
