@@ -190,6 +190,19 @@ class HybridConfig:
         if not self.sampling.temperature:
             raise InputError("config: sampling.temperature must be > 0: a rollout is learnt from as it was drawn")
         check_decoder(strategy.objectives, self.sampling.search.name, self.sampling.search.policy_window)
+        if self.rollout.staleness:
+            self._check_staleness()
+
+    def _check_staleness(self) -> None:
+        """Refuse what no rollout can be drawn ahead with."""
+        way_out = "set rollout.staleness=0, or leave it out"
+        if not self.sampling.search.is_policy:
+            name = self.sampling.search.name
+            raise InputError(
+                f"config: rollout.staleness corrects for log-probs, which decoder {name!r} has not: {way_out}"
+            )
+        if self.memory:
+            raise InputError(f"config: memory chooses prompts by what came of all rollouts before: {way_out}")
 
     def check_rollout(self, strategy: Strategy) -> None:
         """Refuse a rollout that nothing learns from: no objective of the strategy, and none that `objectives` names."""

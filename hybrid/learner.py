@@ -36,6 +36,7 @@ from hybrid.objectives import (
 )
 from hybrid.rewards import Unjudged, make_reward
 from hybrid.rollout import (
+    Answered,
     CollectOptions,
     Ids,
     SamplingConfig,
@@ -269,10 +270,12 @@ class Learner(Supply):
         sft = {} if batches is None or not sft_coef else {"sft": batches}
         return self.rollout_step(rollout, {"ppo": ppo_coef} | dict.fromkeys(sft, sft_coef), sft, rows=rows)
 
-    def rollout(self, prompts: Batch | Sequence[Any], *, scored: bool = True) -> Rollout:
+    def rollout(
+        self, prompts: Batch | Sequence[Any], *, scored: bool = True, answered: Answered | None = None
+    ) -> Rollout:
         """Answer the prompts (a batch, texts, or examples as in `train_data`) and score the answers.
 
-        scored: False: nobody is asked, all scores are 0.
+        scored: False: nobody is asked, all scores are 0.   answered: what was drawn before; None: it is drawn now.
         """
         reward = self.reward if scored else Unjudged()
         if reward is None:
@@ -282,7 +285,8 @@ class Learner(Supply):
             rollout = collect(
                 self.policy, self.references, reward, self.corpus.encoded(prompts), tokenizer=self.tokenizer,
                 sampling=self.config.sampling, samples_per_prompt=self.config.ppo.samples_per_prompt,
-                generator=self.sampler, engine=self.engine, allow_gap=self.config.ppo.importance is not None,
+                generator=self.sampler, engine=self.engine, answered=answered,
+                allow_gap=self.config.ppo.importance is not None,
                 **self._collect_options(),
             )  # fmt: skip
         reward.after_rollout(rollout)

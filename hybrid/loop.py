@@ -10,6 +10,7 @@ from pathlib import Path
 from signal import Signals
 from typing import Any, NamedTuple
 
+from hybrid.ahead import Ahead
 from hybrid.core import InputError, RunStopped
 from hybrid.evaluate import sample_rows
 from hybrid.export import export_run
@@ -50,6 +51,7 @@ class Progress:
     best, best_step: the watched metric where it last made progress.   num_idle: evaluations since.
     logged: the bytes of the log's files at the checkpoint.
     num_diverged: rollouts in a row, up to the last, whose KL was beyond `kl.limit`.
+    ahead: rollouts that were drawn and are not learnt from yet (`Ahead.state`).
     """
 
     first: int
@@ -61,6 +63,7 @@ class Progress:
     num_idle: int = 0
     logged: dict[str, int] | None = None
     num_diverged: int = 0
+    ahead: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Outcome(NamedTuple):
@@ -105,6 +108,7 @@ def run(learner: Learner, strategy: Strategy, progress: Progress | None = None) 
             raise
         finally:
             learner.updater.on_skip = None
+            loop.ahead.close()
         _finish(learner)
         if folder is not None and outcome.stopped_by is None:
             with disk_errors(f"write to {str(folder / FINISHED)!r}"):
@@ -153,6 +157,7 @@ class _Loop:
     def __init__(self, learner: Learner, strategy: Strategy, progress: Progress, log: RunLog):
         self.learner, self.strategy, self.progress, self.log = learner, strategy, progress, log
         self.began = time.perf_counter()
+        self.ahead = Ahead(learner, progress.ahead)
         self.shown: int | None = None  # the last step whose skipped update was shown
         config = learner.config.checkpoint
         self.every = config.every
@@ -281,8 +286,11 @@ class _Loop:
 
     def _rollout_step(self, plan: Plan, number: int) -> Metrics:
         learner, strategy = self.learner, self.strategy
-        examples = strategy.prompts(learner.next_prompts(), number)
-        rollout = learner.rollout(examples) if plan.needs_reward else learner.rollout(examples, scored=False)
+        examples, answered = self.ahead.next(lambda: strategy.prompts(learner.next_prompts(), number))
+        # Named only where they say something: a subclass's `rollout` may take prompts alone.
+        options: dict[str, Any] = {} if plan.needs_reward else {"scored": False}
+        options |= {} if answered is None else {"answered": answered}
+        rollout = learner.rollout(examples, **options)
         batches = {"sft": strategy.supervised(learner, examples)} if "sft" in plan.coefs else None
         rows = strategy.trained_rows(rollout, examples)
         metrics, samples = learner.take(plan, rollout, batches, rows=rows), sample_rows(rollout)[:NUM_SAMPLES]
@@ -292,7 +300,7 @@ class _Loop:
             metrics = {name: x for name, x in metrics.items() if name not in names and "reward/" not in name}
             samples = [{**row, "reward": None, "components": {}} for row in samples]
         self._log_samples(plan.kind, samples)
-        return metrics
+        return {**metrics, **self.ahead.metrics}
 
     def _evaluate(self) -> None:
         metrics, rows = self.learner.evaluation()
@@ -318,6 +326,7 @@ class _Loop:
 
     def _save(self) -> None:
         assert self.checkpoints is not None
+        self.progress.ahead = self.ahead.state()
         self.progress.logged = self.log.sizes()
         self.learner.keep_memory()
         state = {"strategy": self.strategy.spec(), "memory": self.strategy.state_dict(), **asdict(self.progress)}

@@ -33,6 +33,7 @@ FLOORS = {
     "loaders": 9,
     "supply": 10,
     "learner": 11,
+    "ahead": 12,
     "resume": 12,
     "export": 13,
     "loop": 14,

@@ -1,5 +1,6 @@
 """Rollouts: sample responses, score them, assemble what PPO learns from."""
 
+from hybrid.rollout.actor import Actor, Answered, Sampler
 from hybrid.rollout.asked import Asked
 from hybrid.rollout.collect import CollectOptions, ScoreConfig, assemble, collect
 from hybrid.rollout.decoder import Decoder, decoder_class, decoder_names, make_decoder, register_decoder
@@ -17,6 +18,8 @@ from hybrid.rollout.torch_engine import TorchEngine
 from hybrid.rollout.vllm_engine import VLLMEngine
 
 __all__ = [
+    "Actor",
+    "Answered",
     "Asked",
     "CollectOptions",
     "Decoder",
@@ -28,6 +31,7 @@ __all__ = [
     "PastPolicy",
     "Responses",
     "RolloutConfig",
+    "Sampler",
     "SamplingConfig",
     "ScoreConfig",
     "TorchEngine",

@@ -12,6 +12,7 @@ from hybrid.core import Batch, Encoded, InputError, Rollout, by_length, enough_m
 from hybrid.functional import kl_estimate, masked_sum, masked_whiten, token_reward
 from hybrid.models import Backbone, Policy, Reference, before_response, response_stats
 from hybrid.rewards import AllSkipped, Reward, RewardOutput
+from hybrid.rollout.actor import Answered
 from hybrid.rollout.decoder import Decoder
 from hybrid.rollout.engine import Engine
 from hybrid.rollout.gap import check_sampling_gap
@@ -71,6 +72,7 @@ def collect(
     samples_per_prompt: int = 1,
     generator: torch.Generator | None = None,
     engine: Engine | None = None,
+    answered: Answered | None = None,
     allow_gap: bool = False,
     **options: Unpack[CollectOptions],
 ) -> Rollout:
@@ -78,6 +80,7 @@ def collect(
 
     samples_per_prompt: responses to each prompt; they stand together and are one `group`, of the prompt's number.
     engine: the policy's, which keeps from rollout to rollout what makes it fast; None: one for this rollout alone.
+    answered: the prompts with responses that were drawn before; None: they are drawn now.
     options: see `CollectOptions`.
     allow_gap: whether the responses may have been drawn from another distribution than the training forward's, as
         where `PPOConfig.importance` corrects for it; else that is a RunStopped (see `check_sampling_gap`).
@@ -91,7 +94,7 @@ def collect(
     for backbone in _backbones(policy, references):
         backbone.fit_vocabulary(tokenizer)
     with enough_memory("sampling", "Lower ppo.batch_size or sampling.max_new_tokens, or set model.precision=bfloat16"):
-        prompt_ids, prompt_mask, responses = respond(
+        prompt_ids, prompt_mask, responses, *_ = answered or respond(
             engine or TorchEngine(policy), asked, tokenizer=tokenizer, sampling=sampling, generator=generator,
             samples_per_prompt=samples_per_prompt, reward=reward,
         )  # fmt: skip

@@ -34,11 +34,16 @@ class RolloutConfig:
     engine: EngineName = "torch"
     shadow: bool = True  # with model.precision bfloat16 or float16: sample from a copy of the matrices in that dtype
     cuda_graphs: bool = True  # on a GPU: replay a captured step for each token, where the model takes a fixed cache
+    staleness: int = 0  # so many rollouts ahead an actor, a process of its own, draws while the learner learns; 0: none
     vllm: dict[str, Any] = field(default_factory=dict)  # of engine vllm: arguments of vllm.LLM, in place of ours
 
     def __post_init__(self) -> None:
         if self.engine not in get_args(EngineName):
             raise unknown_name("rollout.engine", self.engine, get_args(EngineName))
+        if self.staleness < 0:
+            raise InputError(f"rollout.staleness must be >= 0, got {self.staleness}")
+        if self.staleness and self.engine != "torch":
+            raise InputError("rollout.staleness goes with rollout.engine torch: set it to 0, or the engine to torch")
         if self.engine == "vllm" and find_spec("vllm") is None:
             raise InputError(
                 "rollout.engine=vllm needs vllm, which is not installed: pip install 'hybrid-trainer[vllm]' where "
@@ -51,8 +56,8 @@ class RolloutConfig:
 
     @property
     def needs_correction(self) -> bool:
-        """Whether the tokens are drawn from another distribution than the one that is trained, if only by rounding."""
-        return self.engine != "torch"
+        """Whether tokens are drawn from another distribution than the one that is trained: by rounding, or age."""
+        return self.engine != "torch" or self.staleness > 0
 
     def check_sampling(self, sampling: SamplingConfig) -> None:
         """Refuse (InputError) a way of drawing that the engine has not."""
