@@ -30,7 +30,9 @@ class Ahead:
 
     def __init__(self, learner: Learner, held: Sequence[Mapping[str, Any]] = ()):
         self.learner, self.staleness = learner, learner.config.rollout.staleness
-        self._held = deque((_examples(row["examples"]), _answered(row["answered"]), row["behind"]) for row in held)
+        self._held = deque(
+            (tuple(map(_example, row["examples"])), _answered(row["answered"]), row["behind"]) for row in held
+        )
         self._asked: deque[tuple[tuple[Encoded, ...], int]] = deque()  # of the actor, not yet answered
         self._actor: Actor | None = None
         self.metrics: dict[str, float] = {}  # of the last rollout
@@ -107,10 +109,6 @@ def _state(answered: Answered) -> dict[str, Any]:
 
 def _answered(state: Mapping[str, Any]) -> Answered:
     return Answered(state["prompt_ids"], state["prompt_mask"], Responses(**state["responses"]))
-
-
-def _examples(rows: Sequence[Mapping[str, Any] | None]) -> tuple[Encoded, ...]:
-    return tuple(_example(row) for row in rows if row is not None)
 
 
 def _example(row: Mapping[str, Any]) -> Encoded:

@@ -154,6 +154,8 @@ class HybridConfig:
                 )
         if self.rollout.needs_correction and self.ppo.importance is None:
             object.__setattr__(self, "ppo", replace(self.ppo, importance="token"))
+        if self.rollout.staleness:
+            self._check_staleness()
         make_strategy(self.mixing)
         check_memory(self.memory)
         check_objectives(self.objectives, {section.name for section in fields(self)})
@@ -190,8 +192,6 @@ class HybridConfig:
         if not self.sampling.temperature:
             raise InputError("config: sampling.temperature must be > 0: a rollout is learnt from as it was drawn")
         check_decoder(strategy.objectives, self.sampling.search.name, self.sampling.search.policy_window)
-        if self.rollout.staleness:
-            self._check_staleness()
 
     def _check_staleness(self) -> None:
         """Refuse what no rollout can be drawn ahead with."""

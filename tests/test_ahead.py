@@ -143,5 +143,7 @@ def test_what_cannot_be_drawn_ahead_is_refused(config):
     with pytest.raises(InputError, match=r"rollout.staleness must be >= 0, got -1"):
         RolloutConfig(staleness=-1)
     with pytest.raises(InputError, match="memory chooses prompts"):
-        HybridTrainer(config=config("run", 1, memory={"type": "experience"})).train()
+        config("run", 1, memory={"type": "experience"})
+    with pytest.raises(InputError, match="decoder 'best_of_n' has not"):
+        config("run", 1, sampling={"decoder": {"type": "best_of_n"}})
     assert config("other", 1).ppo.importance == "token"
