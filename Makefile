@@ -11,6 +11,9 @@ CONSTRAINTS ?= constraints.txt
 # A CUDA build of torch brings the triton that it was built with; the CPU build, for which ours is only interpreted and
 # compiled ahead of time, names none.
 TRITON ?= $(if $(shell command -v nvidia-smi),,triton==3.9.0)
+# Beside the environment, for the tests that need it: where DeepSpeed is installed, accelerate loads all of it with
+# every model that is saved.
+DEEPSPEED := deepspeed einops hjson msgpack ninja py-cpuinfo
 VENV ?= .venv
 BIN := $(VENV)/bin
 
@@ -62,6 +65,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) "$(TORCH)" $(TRITON) -e ".[dev]"
+	$(PIP) --no-deps --target $(VENV)/deepspeed $(DEEPSPEED)
 	@touch $@
 
 $(VENV)/.installed-smollm2: $(VENV)/.installed

@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from statistics import fmean, median
@@ -30,7 +31,7 @@ from benchmarks.stamp import device_name, stamp  # noqa: E402
 from hybrid import HybridConfig, HybridTrainer  # noqa: E402
 from hybrid.demo import run_demo  # noqa: E402
 from hybrid.demo.smollm2 import get_smollm2  # noqa: E402
-from hybrid.resume import write_checkpoint  # noqa: E402
+from hybrid.resume import checkpoint_state, write_checkpoint  # noqa: E402
 from hybrid.run import CheckpointConfig, Checkpoints, read_jsonl  # noqa: E402
 
 ROUNDS = 7
@@ -92,7 +93,8 @@ def _costs(model: str, trainer: HybridTrainer, run: Path) -> dict[str, Any]:
     for number in range(ROUNDS + 1):
         with _timed() as seconds:
             began = time.perf_counter()
-            saved = checkpoints.save(number, lambda folder: write_checkpoint(trainer, folder))
+            with checkpoint_state(trainer) as state:
+                saved = checkpoints.save(number, partial(write_checkpoint, trainer, state=state))
             total = time.perf_counter() - began
         if number:
             totals.append(total)

@@ -1,4 +1,4 @@
-"""The command line: `hybrid demo | train | generate | eval | export | reward | memory | report`."""
+"""The command line: `hybrid demo | train | generate | eval | export | reward | memory | datastore | report`."""
 
 import argparse
 import json
@@ -7,16 +7,19 @@ import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 from hybrid.config import HybridConfig
 from hybrid.core import InputError, RunStopped
 from hybrid.data import read_rows
+from hybrid.datastore import CAPACITY, build_datastore
+from hybrid.distributed import first_speaks, run_processes
 from hybrid.export import export
 from hybrid.fused import kernel_backend
-from hybrid.memory import memory_tables, read_memory
+from hybrid.memory import KeyDtype, memory_tables, read_memory
 from hybrid.mixing import make_strategy
 from hybrid.optim import listing, listing_markdown
-from hybrid.resume import trained_config
+from hybrid.resume import resumable, trained_config
 from hybrid.rewards import RewardError, json_spec, make_reward, reward_listing, reward_markdown, reward_schema
 from hybrid.run import (
     CONFIG,
@@ -51,9 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.command(args) or 0
     except InputError as error:
+        first_speaks()
         print(f"hybrid: {error}", file=sys.stderr)
         return 2
     except (RewardError, RunStopped) as error:
+        first_speaks()
         # What the user's own function raised keeps its traceback.
         if error.__cause__ is not None and not isinstance(error.__cause__, RewardError):
             traceback.print_exception(error.__cause__)
@@ -88,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", nargs="?", help="a YAML or JSON file")
     _add_overrides(train)
     train.add_argument("--resume", metavar="RUN", help="go on with a stopped run from its newest whole checkpoint")
+    train.add_argument("--nproc", type=int, default=1, metavar="N", help="in so many processes, by torchrun")
     train.set_defaults(command=_train)
 
     generate = commands.add_parser("generate", help="answer prompts with a trained run or any model")
@@ -124,6 +130,16 @@ def _parser() -> argparse.ArgumentParser:
     memory.add_argument("--rows", type=int, default=8, help="how many prompts of each kind to show (default: 8)")
     memory.set_defaults(command=_memory)
 
+    store = commands.add_parser("datastore", help="write what decoder knn remembers: a text's hidden states and tokens")
+    store.add_argument("model", help="a run's folder, a model's folder or a hub name")
+    store.add_argument("data", help="any data that data.train takes")
+    store.add_argument("folder", metavar="DIR", help="where to write it")
+    _add_overrides(store)
+    store.add_argument("--dtype", choices=get_args(KeyDtype), default="float16", help="of the keys (default: float16)")
+    store.add_argument("--capacity", type=int, default=CAPACITY, help=f"the most tokens (default: {CAPACITY:,})")
+    store.add_argument("--index", action="store_true", help="prepare it for search: faiss")
+    store.set_defaults(command=_datastore)
+
     for kind in ("optimizers", "schedulers"):
         names = commands.add_parser(kind, help=f"the {kind} by name, with their keys and defaults")
         names.add_argument("--markdown", action="store_true", help="as docs/optimizers.md has it")
@@ -148,19 +164,23 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     if args.resume is not None:
-        return _resume(Path(args.resume), [*([args.config] if args.config else []), *args.overrides])
+        overrides = [*([args.config] if args.config else []), *args.overrides]
+        return _resume(Path(args.resume), overrides, args.nproc)
     if args.config is None:
         raise InputError("train takes a CONFIG, or --resume RUN")
+    # Refused here, what is wrong is said once.
     config = HybridConfig.from_file(args.config, args.overrides)
     if config.run.output is None:
         config = replace(config, run=replace(config.run, output=f"runs/{Path(args.config).stem}"))
     if config.data.train is None:
         raise InputError("config: data.train is missing; give a file or a Hugging Face dataset")
     config.check_training(make_strategy(config.mixing))
+    if args.nproc != 1:
+        return run_processes(args.nproc, ["train", args.config, *args.overrides])
     return _run(HybridTrainer(_model_name(config), config=config))
 
 
-def _resume(folder: Path, overrides: Sequence[str]) -> int:
+def _resume(folder: Path, overrides: Sequence[str], nproc: int) -> int:
     if any("=" not in override for override in overrides):
         raise InputError("train takes a CONFIG or --resume RUN, whose config is in its folder")
     if (step := finished_step(folder)) is not None:
@@ -172,11 +192,14 @@ def _resume(folder: Path, overrides: Sequence[str]) -> int:
         print(f"{folder} is finished after step {step}: nothing is left of it")
         _show(folder)
         return 0
+    if nproc != 1:
+        resumable(folder, overrides)
+        return run_processes(nproc, ["train", "--resume", str(folder), *overrides])
     return _run(HybridTrainer.resume(folder, overrides))
 
 
 def _run(trainer: HybridTrainer) -> int:
-    print(f"device: {trainer.policy.device}, kernels: {kernel_backend(trainer.policy.device)}")
+    print(f"device: {trainer.policy.device}, kernels: {kernel_backend(trainer.policy.device)}, {trainer.world}")
     trainer.train()
     return _ended(trainer)
 
@@ -189,10 +212,7 @@ def _ended(trainer: HybridTrainer) -> int:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    if (Path(args.model) / CONFIG).is_file():
-        config = trained_config(Path(args.model), args.overrides)
-    else:
-        config = HybridConfig.from_dict({"model": {"name": args.model}}, args.overrides)
+    config = _answering(args.model, args.overrides)
     # Neither data nor a reward that nothing asks: the saved config says how a prompt is put.
     data = replace(config.data, train=None, eval=None, eval_fraction=0.0)
     reward = config.reward if config.sampling.search.needs_reward else None
@@ -200,6 +220,13 @@ def _generate(args: argparse.Namespace) -> None:
     trainer = HybridTrainer(_model_name(config), config=config)
     for prompt, response in zip(args.prompts, trainer.generate(args.prompts), strict=True):
         print(f"{prompt}\n→ {response.strip()}\n")
+
+
+def _answering(model: str, overrides: Sequence[str]) -> HybridConfig:
+    """The config of a run with the model that it exported, or of a model by its name."""
+    if (Path(model) / CONFIG).is_file():
+        return trained_config(Path(model), overrides)
+    return HybridConfig.from_dict({"model": {"name": model}}, overrides)
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -269,6 +296,14 @@ def _memory(args: argparse.Namespace) -> None:
     for table in memory_tables(read_memory(args.run), args.rows):
         print(table.title)
         _table(table.header, table.rows)
+
+
+def _datastore(args: argparse.Namespace) -> None:
+    overrides = [f"data.train={json.dumps(args.data)}", *args.overrides]
+    config = _answering(args.model, overrides)
+    store = build_datastore(config, args.folder, dtype=args.dtype, capacity=args.capacity, index=args.index)
+    size = sum(file.stat().st_size for file in store.folder.iterdir())
+    print(f"{args.folder}: {len(store):,} tokens, {store.info.hidden_size} numbers each, {size / 2**20:.1f} MiB")
 
 
 def _names(args: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from hybrid.core import InputError, check_seed, first_line, parse_yaml, unknown_name
 from hybrid.data import DataConfig
+from hybrid.distributed import DistributedConfig
 from hybrid.evaluate import EvalConfig
 from hybrid.memory import check_memory
 from hybrid.mixing import Strategy, make_strategy
@@ -26,7 +27,7 @@ from hybrid.objectives import (
     objective_class,
 )
 from hybrid.optim import check_optimizer, check_scheduler, plateau_mode
-from hybrid.rollout import KLConfig, RolloutConfig, SamplingConfig, ScoreConfig
+from hybrid.rollout import CollectOptions, Decoder, KLConfig, RolloutConfig, SamplingConfig, ScoreConfig
 from hybrid.run import CheckpointConfig, write_file
 
 __all__ = ["HybridConfig", "ModelConfig", "ReferenceConfig", "RunConfig"]
@@ -141,6 +142,7 @@ class HybridConfig:
     gradient: GradientConfig = field(default_factory=GradientConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
@@ -154,8 +156,7 @@ class HybridConfig:
                 )
         if self.rollout.needs_correction and self.ppo.importance is None:
             object.__setattr__(self, "ppo", replace(self.ppo, importance="token"))
-        if self.rollout.staleness:
-            self._check_staleness()
+        self.rollout.check_ahead(self.sampling, self.memory)
         make_strategy(self.mixing)
         check_memory(self.memory)
         check_objectives(self.objectives, {section.name for section in fields(self)})
@@ -181,6 +182,12 @@ class HybridConfig:
             )
         if self.reward is None and objective is None and metric not in self.eval.measured(with_reward=False):
             raise InputError(f"config: eval.metric {metric!r} needs a reward; give one, or watch another metric")
+        for where, decoder in zip(("sampling", "eval"), self.decoders, strict=True):
+            if decoder.of_one_policy:
+                raise InputError(
+                    f"config: {where}.decoder {decoder.name!r} goes with the weights that it was made with, and "
+                    "training changes them: train with another, and give this one to hybrid generate and hybrid eval"
+                )
         if self.memory and self.reward is None:
             raise InputError("config: memory chooses prompts by their scores, and reward is missing; give one")
         if not strategy.rolls_out:
@@ -193,16 +200,19 @@ class HybridConfig:
             raise InputError("config: sampling.temperature must be > 0: a rollout is learnt from as it was drawn")
         check_decoder(strategy.objectives, self.sampling.search.name, self.sampling.search.policy_window)
 
-    def _check_staleness(self) -> None:
-        """Refuse what no rollout can be drawn ahead with."""
-        way_out = "set rollout.staleness=0, or leave it out"
-        if not self.sampling.search.is_policy:
-            name = self.sampling.search.name
-            raise InputError(
-                f"config: rollout.staleness corrects for log-probs, which decoder {name!r} has not: {way_out}"
-            )
-        if self.memory:
-            raise InputError(f"config: memory chooses prompts by what came of all rollouts before: {way_out}")
+    def collect_options(self, kl_coef: float, row_limit: int | None) -> CollectOptions:
+        """What `collect` and `assemble` take from the config alike.
+
+        row_limit: rows of PPO's microbatches that the memory has been found to allow; None: any number.
+        """
+        size = self.ppo.microbatch_size or self.ppo.minibatch_size
+        return {  # rows go through the forwards that PPO's first epoch takes them through: its first ratios are 1
+            "score": self.score,
+            "kl_coef": 0.0 if self.kl.in_loss else kl_coef,
+            "kl_kind": self.kl.kind,
+            "minibatch_size": self.ppo.minibatch_size,
+            "microbatch_size": min(size, row_limit or size),
+        }
 
     def check_rollout(self, strategy: Strategy) -> None:
         """Refuse a rollout that nothing learns from: no objective of the strategy, and none that `objectives` names."""
@@ -211,12 +221,20 @@ class HybridConfig:
         rolling = [name for name in {*strategy.objectives, *self.objectives} if objective_class(name).rolls_out]
         check_decoder(rolling or ["ppo"], self.sampling.search.name, self.sampling.search.policy_window, least=1)
 
-    def check_decoders(self, context: int | None) -> None:
-        """Refuse decoders that this reward, or a model of so many tokens (None: not known), does not let work."""
+    @property
+    def decoders(self) -> tuple[Decoder, Decoder]:
+        """That of the training and that of the evaluation."""
+        return self.sampling.search, self.eval.sampling(self.sampling).search
+
+    def check_decoders(self, context: int | None, tokenizer: Any) -> None:
+        """Refuse decoders that the engine, the reward, the tokenizer or a context of so many tokens (None: not known)
+        rules out."""
         for sampling in (self.sampling, self.eval.sampling(self.sampling)):
             self.rollout.check_sampling(sampling)
-            sampling.search.check_reward(self.reward)
-            sampling.search.check_context(context)
+        for decoder in self.decoders:
+            decoder.check_reward(self.reward)
+            decoder.check_context(context)
+            decoder.check_tokenizer(tokenizer)
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> "HybridConfig":

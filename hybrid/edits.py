@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 # checkpoint's optimizer, scheduler, order of data and random streams belong to it.
 MAY_CHANGE = (
     "checkpoint",
+    "distributed",
     "eval.every",
     "eval.patience",
     "eval.min_delta",

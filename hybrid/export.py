@@ -76,11 +76,17 @@ def export(run: str | Path, folder: str | Path, *, checkpoint: str | None = None
 
 def export_run(learner: Learner) -> None:
     """Write the model of a run that goes on, or ends, to `export` in its folder; a reward head's to `reward_model`."""
-    assert learner.folder is not None
-    card = model_card(learner.folder, learner.config, step=learner.num_steps)
-    export_policy(learner.policy, learner.tokenizer, learner.folder / EXPORT, card=card)
+    folder = learner.folder
+    assert folder is not None
+    with learner.world.gathered():
+        learner.world.main(lambda: _export_run(learner, folder))
+
+
+def _export_run(learner: Learner, folder: Path) -> None:
+    card = model_card(folder, learner.config, step=learner.num_steps)
+    export_policy(learner.policy, learner.tokenizer, folder / EXPORT, card=card)
     if learner.reward_template is not None:
-        export_reward_model(learner, learner.folder / REWARD_MODEL)
+        export_reward_model(learner, folder / REWARD_MODEL)
 
 
 def export_reward_model(learner: Learner, folder: Path) -> None:

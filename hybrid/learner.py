@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hybrid.config import HybridConfig
 from hybrid.core import Batch, InputError, Labelled, Pairs, Rollout
 from hybrid.corpus import encoded_corpus
+from hybrid.distributed import connect
 from hybrid.evaluate import evaluate
 from hybrid.functional import PreferenceKind
 from hybrid.host import RunHost
@@ -109,14 +110,16 @@ class Learner(Supply):
         source = config.model.name if policy_or_name is None else policy_or_name
         if source is None:
             raise InputError(f"{type(self).__name__} needs a model: give policy_or_name, or the config's model.name")
+        self.world = connect(config.distributed)
         torch.manual_seed(config.run.seed)
         self.strategy = make_strategy(config.mixing)
         self.reward = None if config.reward is None else make_reward(config.reward)
-        self.folder = None if config.run.output is None else open_run_folder(config.run.output)
+        output = config.run.output
+        self.folder = None if output is None else self.world.once(lambda: open_run_folder(output))
         examples = read_examples_of(config, train_data, eval_data, ptx_data, preference_data, self.reward)
         context = model_context(source)
-        config.check_decoders(context)
         self.tokenizer = load_tokenizer(source, tokenizer)
+        config.check_decoders(context, self.tokenizer)
         self.corpus = encoded_corpus(config, self.tokenizer, examples, context=context)
         # A bare prompt goes through the template that the data's prompts went through, in later commands too.
         config = replace(config, data=replace(config.data, template=self.corpus.prompt_template))
@@ -130,20 +133,24 @@ class Learner(Supply):
             if other.model is not None and reference is None:
                 model_context(other.model)
         self.policy, self.references = build_models(source, reference, config, self.tokenizer)
+        for decoder in config.decoders:
+            decoder.check_policy(self.policy)
         if scores:
             self.policy.add_reward_head()
-        if self.reward is not None:
-            self.reward.setup(self.policy.device)
+        if (reward := self.reward) is not None:
+            self.world.main(lambda: reward.setup(self.policy.device))
+        self.world.wrap(self.policy)
         self.updater = Updater(
             self.policy, config.optimizer, config.scheduler, config.gradient,
             num_updates=self.num_updates(self.strategy), precision=config.model.precision,
+            world=self.world,
         )  # fmt: skip
-        self.engine = make_engine(self.policy, config.rollout)
+        self.engine = make_engine(self.policy, config.rollout, self.world)
         self.kl = kl_controller(config.kl)
         self.sampler, self.shuffler, self.speaker = random_streams(config.run.seed, self.policy.device)
         self.objectives = Objectives(self, lambda: vars(self.config))
-        if self.reward is not None:
-            self.reward.attach(RunHost(self))
+        if reward is not None:
+            self.world.main(lambda: reward.attach(RunHost(self)))
         self.num_steps = 0  # of the loop, of all kinds together
         self.begun = False  # whether the run in its folder is its own
 
@@ -270,9 +277,7 @@ class Learner(Supply):
         sft = {} if batches is None or not sft_coef else {"sft": batches}
         return self.rollout_step(rollout, {"ppo": ppo_coef} | dict.fromkeys(sft, sft_coef), sft, rows=rows)
 
-    def rollout(
-        self, prompts: Batch | Sequence[Any], *, scored: bool = True, answered: Answered | None = None
-    ) -> Rollout:
+    def rollout(self, prompts: Any, *, scored: bool = True, answered: Answered | None = None) -> Rollout:
         """Answer the prompts (a batch, texts, or examples as in `train_data`) and score the answers.
 
         scored: False: nobody is asked, all scores are 0.   answered: what was drawn before; None: it is drawn now.
@@ -281,15 +286,14 @@ class Learner(Supply):
         if reward is None:
             raise InputError("a rollout needs a reward: give HybridTrainer(reward=...) or `reward`, or scored=False")
         self.config.check_rollout(self.strategy)
-        with self.autocast():
+        with self.world.gathered(), self.autocast():
             rollout = collect(
                 self.policy, self.references, reward, self.corpus.encoded(prompts), tokenizer=self.tokenizer,
                 sampling=self.config.sampling, samples_per_prompt=self.config.ppo.samples_per_prompt,
                 generator=self.sampler, engine=self.engine, answered=answered,
-                allow_gap=self.config.ppo.importance is not None,
-                **self._collect_options(),
+                allow_gap=self.config.ppo.importance is not None, **self._collect_options(),
             )  # fmt: skip
-        reward.after_rollout(rollout)
+            self.world.main(lambda: reward.after_rollout(rollout))
         return self.remembered(rollout) if reward is self.reward else rollout
 
     def step(
@@ -307,13 +311,16 @@ class Learner(Supply):
         """
         eos_ids = self.policy.backbone.eos_ids(self.tokenizer)
         given = from_lists(queries, responses, scores, eos_ids=eos_ids, logprobs=logprobs, device=self.policy.device)
-        with self.autocast():
+        decoder = self.config.sampling.search
+        with self.world.gathered(), self.autocast():
             rollout = assemble(
                 self.policy,
                 self.references,
                 *given,
                 temperature=self.config.sampling.temperature,
-                decoder=self.config.sampling.search if self.config.sampling.search.is_policy else None,
+                decoder=decoder.name if decoder.is_policy else "sample",
+                window=decoder.policy_window,
+                world=self.world,
                 **self._collect_options(),
             )
         check_groups(rollout, self.config.ppo)
@@ -326,9 +333,9 @@ class Learner(Supply):
         if isinstance(texts, str) or not isinstance(texts, Iterable):
             raise InputError(f"generate takes a list of texts, got {texts!r:.60}; [text] is a list of one")
         sampling = sampling or self.config.sampling
-        examples, size = [self.corpus.prompt(text) for text in texts], self.config.eval.batch_size
+        examples, size = self.shown([self.corpus.prompt(text) for text in texts]), self.config.eval.batch_size
         answers: list[str] = []
-        with self.autocast():
+        with self.world.gathered(), self.autocast():
             for start in range(0, len(examples), size):
                 *_, responses = respond(
                     self.engine, examples[start : start + size], tokenizer=self.tokenizer,
@@ -347,21 +354,22 @@ class Learner(Supply):
         The measures of objectives go by their names: "dpo/accuracy"; their rows have an `objective`.
         """
         config = self.config.eval
-        with self.autocast():
+        with self.world.gathered(), self.autocast():
             metrics, rows = evaluate(
-                self.policy, self.references, self.reward, self.corpus.eval, config,
-                tokenizer=self.tokenizer, sampling=self.config.sampling, engine=self.engine,
+                self.policy, self.references, self.reward, self.corpus.eval, config, tokenizer=self.tokenizer,
+                sampling=self.config.sampling, engine=self.engine, shown=self.shown,
             )  # fmt: skip
-        held_out = self.corpus.held_out_preferences[: config.num_examples]
-        for name in sorted({*self.strategy.objectives, *self.objectives}):
-            found = self.objectives[name].evaluate(held_out, config.batch_size)
-            metrics |= {f"{name}/{measure}": value for measure, value in found.metrics.items()}
-            rows += [{"objective": name, **row} for row in found.rows]
+            held_out = self.corpus.held_out_preferences[: config.num_examples]
+            for name in sorted({*self.strategy.objectives, *self.objectives}):
+                found = self.objectives[name].evaluate(held_out, config.batch_size)
+                metrics |= {f"{name}/{measure}": value for measure, value in found.metrics.items()}
+                rows += [{"objective": name, **row} for row in found.rows]
         return metrics, rows
 
     def save(self, folder: str | Path) -> None:
         """Write policy and tokenizer as a plain transformers folder, the value head beside them."""
-        self.policy.save_pretrained(folder, tokenizer=self.tokenizer)
+        with self.world.gathered():
+            self.world.main(lambda: self.policy.save_pretrained(folder, tokenizer=self.tokenizer))
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Computation in `model.precision`; the weights keep their dtype."""
@@ -388,13 +396,4 @@ class Learner(Supply):
         return terms
 
     def _collect_options(self) -> CollectOptions:
-        """What `collect` and `assemble` take from the config alike."""
-        config = self.config
-        size = config.ppo.microbatch_size or config.ppo.minibatch_size
-        return {  # rows go through the forwards that PPO's first epoch takes them through: its first ratios are 1
-            "score": config.score,
-            "kl_coef": 0.0 if config.kl.in_loss else self.kl.coef,
-            "kl_kind": config.kl.kind,
-            "minibatch_size": config.ppo.minibatch_size,
-            "microbatch_size": min(size, self.updater.row_limits.get("ppo", size)),
-        }
+        return self.config.collect_options(self.kl.coef, self.updater.row_limits.get("ppo"))

@@ -17,7 +17,7 @@ from hybrid.export import export_run
 from hybrid.learner import Learner
 from hybrid.mixing import Plan, Strategy
 from hybrid.objectives import Term, log_names, objective_class, texts_of
-from hybrid.resume import MODEL, write_checkpoint
+from hybrid.resume import MODEL, checkpoint_state, write_checkpoint
 from hybrid.rewards import RewardError
 from hybrid.run import (
     CHECKPOINTS,
@@ -88,11 +88,13 @@ def run(learner: Learner, strategy: Strategy, progress: Progress | None = None) 
         progress = Progress(first=learner.num_steps)
         learner.updater.begin(learner.num_updates(strategy))
     total = None if strategy.num_steps is None else progress.first + strategy.num_steps
-    kept = progress.logged if learner.num_steps else {}
-    with RunLog(folder, total_steps=total, new=not learner.begun, kept=kept) as log:
+    kept, world = progress.logged if learner.num_steps else {}, learner.world
+    written = folder if world.writes else None
+    log = RunLog(written, total_steps=total, live=world.writes, new=not learner.begun, kept=kept)
+    with log, world.watched():
         learner.begun = True
         if folder is not None:
-            _prepare(learner, folder, log)
+            world.main(lambda: _prepare(learner, folder, log))
         loop = _Loop(learner, strategy, progress, log)
         learner.updater.on_skip = loop.show_skipped
         try:
@@ -100,9 +102,11 @@ def run(learner: Learner, strategy: Strategy, progress: Progress | None = None) 
         except BaseException as error:
             if isinstance(error, (RewardError, RunStopped)):
                 error.add_note(loop.last_good())
-            # What it has learnt by then is not lost; what stopped it is told also where this fails as well.
+            # What it has learnt by then is not lost; what stopped it is told also where this fails as well. Other
+            # processes may be gone, or somewhere else: without them there is the last checkpoint.
             try:
-                _finish(learner)
+                if world.size == 1:
+                    _finish(learner)
             except InputError as another:
                 error.add_note(str(another))
             raise
@@ -111,9 +115,13 @@ def run(learner: Learner, strategy: Strategy, progress: Progress | None = None) 
             loop.ahead.close()
         _finish(learner)
         if folder is not None and outcome.stopped_by is None:
-            with disk_errors(f"write to {str(folder / FINISHED)!r}"):
-                write_file(folder / FINISHED, json.dumps({"step": learner.num_steps}).encode())
+            world.main(lambda: _write_end(folder, learner.num_steps))
         return outcome
+
+
+def _write_end(folder: Path, step: int) -> None:
+    with disk_errors(f"write to {str(folder / FINISHED)!r}"):
+        write_file(folder / FINISHED, json.dumps({"step": step}).encode())
 
 
 def _prepare(learner: Learner, folder: Path, log: RunLog) -> None:
@@ -127,10 +135,10 @@ def _prepare(learner: Learner, folder: Path, log: RunLog) -> None:
 
 
 def _finish(learner: Learner) -> None:
-    if learner.folder is not None and learner.num_steps:
-        learner.keep_memory()
+    if (folder := learner.folder) is not None and learner.num_steps:
         export_run(learner)
-        write_report(learner.folder)
+        learner.world.main(learner.keep_memory)
+        learner.world.main(lambda: write_report(folder))
 
 
 def _check(learner: Learner, strategy: Strategy) -> None:
@@ -149,8 +157,11 @@ def _check(learner: Learner, strategy: Strategy) -> None:
         learner.objectives[name].check()
     if strategy.rolls_out:
         context = learner.policy.backbone.context_length
+        added = 0 if learner.memory is None else learner.memory.most_added
         for e in learner.prompts.examples:
-            config.sampling.check_room(strategy.prompt_length(e), context, prompt=e.prompt)
+            config.sampling.check_room(strategy.prompt_length(e) + added, context, prompt=e.prompt)
+        for e in learner.corpus.eval[: config.eval.num_prompts]:
+            config.sampling.check_room(len(e.prompt_ids) + added, context, prompt=e.prompt)
 
 
 class _Loop:
@@ -170,7 +181,7 @@ class _Loop:
                 keep_best=config.keep_best,
             )
             # Where no step is left, no save does it.
-            self.checkpoints.clear()
+            learner.world.main(self.checkpoints.clear)
 
     def run(self) -> Outcome:
         learner, progress = self.learner, self.progress
@@ -182,7 +193,7 @@ class _Loop:
                 self._step(plan)
                 if learner.config.eval.every and learner.num_steps % learner.config.eval.every == 0:
                     self._evaluate()
-                signal = None if stop is None else stop.signal
+                signal = learner.world.first(None if stop is None else stop.signal)
                 if signal or self._is_due():
                     self._save()
                 exports = learner.config.checkpoint.export_every
@@ -308,8 +319,8 @@ class _Loop:
             self.log.step({"step": self.learner.num_steps, "phase": "eval", **metrics})
             self._watch(metrics)
             self.learner.updater.evaluated(metrics, self.learner.config.eval.metric)
-            if self.learner.reward is not None:
-                self.learner.reward.evaluated()
+            if (reward := self.learner.reward) is not None:
+                self.learner.world.main(reward.evaluated)
             # Pairs of answers are rows of another kind.
             self._log_samples("eval", [row for row in rows if "objective" not in row])
             self._log_samples("pairs", [row for row in rows if "objective" in row])
@@ -325,18 +336,19 @@ class _Loop:
             progress.best, progress.best_step, progress.num_idle = value, self.learner.num_steps, 0
 
     def _save(self) -> None:
-        assert self.checkpoints is not None
-        self.progress.ahead = self.ahead.state()
-        self.progress.logged = self.log.sizes()
-        self.learner.keep_memory()
-        state = {"strategy": self.strategy.spec(), "memory": self.strategy.state_dict(), **asdict(self.progress)}
+        checkpoints, progress, step = self.checkpoints, self.progress, self.learner.num_steps
+        assert checkpoints is not None
+        progress.ahead, progress.logged = self.ahead.state(), self.log.sizes()
+        state = {"strategy": self.strategy.spec(), "memory": self.strategy.state_dict(), **asdict(progress)}
         # An evaluation of an earlier step says nothing of this one.
-        fresh = self.progress.evaluated == self.learner.num_steps
-        self.checkpoints.save(
-            self.learner.num_steps,
-            lambda folder: write_checkpoint(self.learner, folder, progress=state),
-            self.progress.evaluation if fresh else {},
-        )
+        metrics = progress.evaluation if progress.evaluated == step else {}
+        with checkpoint_state(self.learner, progress=state) as whole:
+
+            def save() -> None:
+                self.learner.keep_memory()
+                checkpoints.save(step, lambda folder: write_checkpoint(self.learner, folder, state=whole), metrics)
+
+            self.learner.world.main(save)
 
     def _log_samples(self, phase: str, rows: Iterable[Mapping[str, Any]]) -> None:
         step = self.learner.num_steps

@@ -2,7 +2,9 @@
 
 import logging
 import random
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +30,7 @@ from hybrid.run import (
 )
 
 __all__ = [
+    "checkpoint_state",
     "load_checkpoint",
     "load_training_state",
     "resumable",
@@ -38,19 +41,35 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-MODEL, STATE = "model", "state"
+MODEL, STATE, SHARDS = "model", "state", "shards"
 
 
-def write_checkpoint(learner: Learner, folder: Path, *, progress: Mapping[str, Any] | None = None) -> None:
+@contextmanager
+def checkpoint_state(learner: Learner, *, progress: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+    """The state of a checkpoint that `write_checkpoint` writes inside the block, where the weights are whole.
+
+    Every process takes it; the first one writes. What each has a part of lies on the disk by then, at "shards".
+    progress: where the run stands in its strategy, for `HybridTrainer.resume`.
+    """
+    state: dict[str, Any] = {**training_state(learner), "progress": progress}
+    updater = state["updater"]
+    updater["optimizer"], shards = learner.world.write_shards(updater["optimizer"], learner.folder)
+    with learner.world.gathered():
+        yield {**state, **({} if shards is None else {SHARDS: str(shards)})}
+
+
+def write_checkpoint(learner: Learner, folder: Path, *, state: Mapping[str, Any]) -> None:
     """Fill a checkpoint's folder: model/ as transformers writes it, with the value head; the state; the config.
 
     Of a LoRA run model/ holds the adapter as it is (merged weights would not give its bits back); the frozen model
     is not saved again but read, and quantized again, from where the run had it.
-    progress: where the run stands in its strategy, for `HybridTrainer.resume`.
+    state: of `checkpoint_state`.
     """
     learner.policy.save_pretrained(folder / MODEL, tokenizer=learner.tokenizer, merge=False)
-    save_state(folder / STATE, {**training_state(learner), "progress": progress})
+    save_state(folder / STATE, {name: of for name, of in state.items() if name != SHARDS})
     learner.config.save(folder / CONFIG)
+    if SHARDS in state:
+        shutil.move(state[SHARDS], folder / SHARDS)
 
 
 def load_checkpoint(learner: Learner, folder: Path) -> dict[str, Any]:
@@ -61,6 +80,9 @@ def load_checkpoint(learner: Learner, folder: Path) -> dict[str, Any]:
     if not (folder / MODEL).is_dir():
         raise InputError(f"{str(folder)!r} is not a checkpoint: it has no {MODEL} folder")
     state: dict[str, Any] = load_state(folder / STATE)
+    if (folder / SHARDS).is_dir():
+        updater, optimizer = state["updater"], learner.updater.optimizer
+        updater["optimizer"] = learner.world.read_shards(updater["optimizer"], folder / SHARDS, optimizer)
     learner.policy.load_weights(folder / MODEL)
     load_training_state(learner, state)
     return state
@@ -127,7 +149,7 @@ def training_state(learner: Learner) -> dict[str, Any]:
         "cuda": torch.cuda.get_rng_state_all(),
         "python": random.getstate(),
         "numpy": np.random.get_state(),
-        "reward": {} if learner.reward is None else learner.reward.state_dict(),
+        "reward": {} if learner.reward is None else learner.world.main(learner.reward.state_dict),
         "objectives": {name: of for name, made in learner.objectives.items() if (of := made.state_dict())},
         **({} if learner.memory is None else {"memory": learner.memory.state_dict()}),
         "num_steps": learner.num_steps,
@@ -145,8 +167,8 @@ def load_training_state(learner: Learner, state: Mapping[str, Any]) -> None:
     for name, part in _parts(learner).items():
         part.load_state_dict(state[name])
     learner.loaders.load_state_dict(state)
-    if learner.reward is not None:
-        learner.reward.load_state_dict(state["reward"])
+    if (reward := learner.reward) is not None:
+        learner.world.main(lambda: reward.load_state_dict(state["reward"]))
     # Checkpoints of version 0.1 have none.
     for name, of in state.get("objectives", {}).items():
         learner.objectives[name].load_state_dict(of)

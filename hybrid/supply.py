@@ -70,6 +70,10 @@ class Supply:
         drawn = next(self.prompts).examples
         return drawn if self.memory is None else self.memory.pick(drawn, self._clock(self.memory))
 
+    def shown(self, examples: Sequence[Encoded]) -> Sequence[Encoded]:
+        """Examples that are answered outside of a rollout, as the policy sees them: the memory may put shots there."""
+        return examples if self.memory is None else self.memory.shown(examples)
+
     def remembered(self, rollout: Rollout) -> Rollout:
         """The rollout, of which the memory has been told."""
         if self.memory is not None:

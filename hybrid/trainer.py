@@ -13,7 +13,7 @@ from hybrid.data import Endless
 from hybrid.learner import Learner
 from hybrid.loop import Progress, run
 from hybrid.mixing import Sequential, Strategy, make_strategy, passes
-from hybrid.resume import load_checkpoint, resumable, write_checkpoint
+from hybrid.resume import checkpoint_state, load_checkpoint, resumable, write_checkpoint
 from hybrid.run import filled_folder
 
 __all__ = ["HybridTrainer"]
@@ -83,8 +83,13 @@ class HybridTrainer(Learner):
 
     def save_checkpoint(self, folder: str | Path) -> None:
         """Write everything that the next step depends on: weights, optimizer, scheduler, counters, random streams."""
-        with filled_folder(folder) as temporary:
-            write_checkpoint(self, temporary)
+        with checkpoint_state(self) as state:
+
+            def save() -> None:
+                with filled_folder(folder) as temporary:
+                    write_checkpoint(self, temporary, state=state)
+
+            self.world.main(save)
 
     def load_checkpoint(self, folder: str | Path) -> None:
         """Go on from a checkpoint of a trainer that was made alike; the steps that follow are the same, bit for bit."""

@@ -1,5 +1,8 @@
 """What tests of memories share: examples of one prompt each, and visits to them."""
 
+import math
+import re
+
 from hybrid.core import Encoded
 from hybrid.memory import Kept, Visit, example_key
 
@@ -21,6 +24,12 @@ def told(memory, scores, *, step=1):
     memory.step = step
     memory.visited([visit(found[i], *s, step=step) for i, s in scores.items()], step)
     return memory
+
+
+def numbers(prompts):
+    """An embedder: two prompts are the nearer the nearer the numbers in them are."""
+    found = [sum(int(digits) for digits in re.findall(r"\d+", prompt)) for prompt in prompts]
+    return [[math.cos(n / 20), math.sin(n / 20)] for n in found]
 
 
 def texts(picked):

@@ -142,7 +142,7 @@ def test_an_actor_that_is_killed_stops_the_run(config, monkeypatch):
 def test_what_cannot_be_drawn_ahead_is_refused(config):
     with pytest.raises(InputError, match=r"rollout.staleness must be >= 0, got -1"):
         RolloutConfig(staleness=-1)
-    with pytest.raises(InputError, match="memory chooses prompts"):
+    with pytest.raises(InputError, match="does not go with memory"):
         config("run", 1, memory={"type": "experience"})
     with pytest.raises(InputError, match="decoder 'best_of_n' has not"):
         config("run", 1, sampling={"decoder": {"type": "best_of_n"}})

@@ -107,6 +107,17 @@ def test_a_config_with_a_memory_trains(shared, stories, tmp_path, config, logged
     assert "<h2>Memory</h2>" in (tmp_path / config / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
+def test_a_datastore_of_reviews_lowers_the_perplexity_of_others(shared, stories, tmp_path):
+    folder, reviews = tmp_path / "store", shared / "rotten_tomatoes" / "rt-polarity.pos"
+    made = run("-m", "hybrid", "datastore", stories, reviews, folder, "data.format=text", "data.limit=300")
+    assert "numbers each" in made[-1]
+    decoder = f"eval.decoder={{type: knn, datastore: {folder}}}"
+    lines = run("-m", "hybrid", "eval", "examples/datastore.yaml", f"model.name={stories}", "data.limit=40", decoder)
+    found = {name: float(value) for name, value in (line.split() for line in lines if "perplexity" in line)}
+    assert found["decoder/perplexity"] < 0.6 * found["perplexity"]
+
+
 def test_the_custom_reward_shows_scores_and_a_log():
     lines = run("examples/custom_reward.py")
     assert lines[:3] == ["1.00  Paris is the capital.", "0.00  Perhaps Paris, maybe Rome.", "0.00  Paris"]

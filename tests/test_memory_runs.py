@@ -10,6 +10,7 @@ from whole_run import crash, logged_rows, weights
 from hybrid import HybridConfig, HybridTrainer, InputError, Policy
 from hybrid.cli import main
 from hybrid.memory import Memory, example_key, read_memory, register_memory
+from hybrid.memory.shots import shot_ids
 from hybrid.mixing import make_strategy, strategy_names
 from hybrid.run import read_jsonl
 
@@ -17,11 +18,13 @@ ROWS = [{"prompt": f"the w{i} w{i + 1}", "target": f"was good w{i} w{i + 1} w{i 
 PTX = [{"text": f"it is a w{i} and a fine w{i + 2} w{i + 3}"} for i in range(6)]
 PPO = {"batch_size": 4, "minibatch_size": 4, "epochs": 2, "samples_per_prompt": 2}
 IMPORTANCE = {"importance": "token"}
+EMBEDDER = {"embedder": "memory_case:numbers"}
 MEMORIES = {
     "classes": {"type": "experience", "choose": "classes", "uniform": 0.25},
     "learnability": {"type": "experience", "unseen": 0.5},
     "due": {"type": "experience", "choose": "due"},
     "stale": {"type": "experience", "staleness": 2},
+    "shots": {"type": "experience", "success": 0.4, "unseen": 0.5, "shots": 2, "shots_tokens": 30, **EMBEDDER},
     "markov": {"type": "markov"},
     "progress": {"type": "markov", "prefer": "progress", "uniform": 0.25},
 }
@@ -145,23 +148,41 @@ def test_the_supervised_loss_of_each_prompt_is_its_own(tokenizer):
         assert found == pytest.approx(float(-logprob[row][trained[row]].mean().detach()), rel=1e-5)
 
 
-def test_a_memory_is_not_taken_to_another_tokenizer(tokenizer, tmp_path):
+def other_tokenizer(tokenizer):
+    """One with another word, which the data do not have."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+    words = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str().replace('"w70"', '"v70"'))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>", unk_token="<unk>")
+
+
+def test_a_memory_is_not_taken_to_another_tokenizer(tokenizer, tmp_path):
     trainer_of(tokenizer, tmp_path / "run", memory={"type": "experience"}).train()
     begun = trainer_of(tokenizer, memory={"type": "experience", "path": str(tmp_path / "run")})
     assert begun.memory.records and begun.memory.began == 4
     begun.train()
     assert begun.memory.step == 8
-    words = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str().replace('"w70"', '"v70"'))
-    other = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>", unk_token="<unk>")
+    other = other_tokenizer(tokenizer)
     with pytest.raises(InputError, match="this memory is of another tokenizer"):
         trainer_of(other, memory={"type": "experience", "path": str(tmp_path / "run")}).memory  # noqa: B018
     with pytest.raises(InputError, match="this memory is of another kind: 'experience', and the run's is 'markov'"):
         trainer_of(tokenizer, memory={"type": "markov", "path": str(tmp_path / "run")}).memory  # noqa: B018
     with pytest.raises(InputError, match="holds no memory"):
         trainer_of(tokenizer, memory={"type": "experience", "path": str(tmp_path)}).memory  # noqa: B018
+
+
+def test_another_tokenizer_is_refused_at_the_start_of_a_run_and_on_resume(tokenizer, tmp_path):
+    other = other_tokenizer(tokenizer)
+    for memory in ({"type": "markov"}, {"type": "experience"}):
+        folder = tmp_path / memory["type"]
+        crash(trainer_of(tokenizer, folder, memory=memory), 3)
+        begun = trainer_of(other, memory={**memory, "path": str(folder)})
+        with pytest.raises(InputError, match="this memory is of another tokenizer"):
+            begun.train()
+        assert begun.num_steps == 0
+        with pytest.raises(InputError, match="this memory is of another tokenizer"):
+            trainer_of(other, folder, resume=True)
 
 
 def test_a_memory_without_a_reward_is_refused(tokenizer):
@@ -173,9 +194,10 @@ def test_a_memory_without_a_reward_is_refused(tokenizer):
 # Stale rows in PPO
 
 
-def stale_trainer(tokenizer, staleness, **ppo):
+def stale_trainer(tokenizer, staleness, sampling=None, **ppo):
     memory = {"type": "experience", "staleness": staleness, "replay_share": 0.5, "uniform": 1.0}
-    return trainer_of(tokenizer, memory=memory, ppo={**IMPORTANCE, **ppo})
+    sections = {} if sampling is None else {"sampling": sampling}
+    return trainer_of(tokenizer, memory=memory, ppo={**IMPORTANCE, **ppo}, **sections)
 
 
 def test_with_staleness_0_ppo_is_what_it_was_bit_for_bit(tokenizer):
@@ -219,6 +241,17 @@ def test_stale_rows_stand_behind_the_fresh_ones_scored_by_the_policy_of_now(toke
         assert any(torch.equal(drawn, old.sampling_logprob[i][old.mask[i]]) for i in match)
         # The policy has moved since: its log-probs are not those that were drawn with, nor those of the old rollout.
         assert not torch.allclose(joined.old_logprob[row][joined.mask[row]], drawn, atol=1e-3)
+
+
+def test_stale_rows_are_scored_in_the_window_that_they_were_drawn_in(tokenizer):
+    trainer = stale_trainer(tokenizer, 3, sampling={"max_new_tokens": 6, "decoder": {"type": "markov", "window": 3}})
+    trainer.rollout(trainer.next_prompts())
+    joined = trainer.objectives["ppo"].learnt(trainer.rollout(trainer.next_prompts()))
+    assert joined.window == 3 and len(joined) > 8
+    # Nothing was learnt in between: the policy of now is the one that drew.
+    torch.testing.assert_close(joined.old_logprob, joined.sampling_logprob, atol=2e-5, rtol=2e-5)
+    _, metrics = trainer.objectives["ppo"].term(joined).loss_of(joined)
+    assert float(metrics["ratio_max"]) == pytest.approx(1, abs=1e-4)  # other rows share a forward
 
 
 def test_the_importance_weight_is_the_policy_of_now_over_the_one_that_drew(tokenizer):
@@ -297,7 +330,7 @@ def replay_best(tokenizer):
 def likelihood(trainer, kept):
     from hybrid.objectives.earlier import rescored
 
-    rows = rescored(kept, trainer, (), 1.0, None, {})
+    rows = rescored(kept, trainer, (), trainer.rollout(trainer.next_prompts()), None, {})
     return float(rows.old_logprob[rows.mask].mean())
 
 
@@ -365,3 +398,76 @@ def test_a_strangers_memory_is_one_class(tokenizer, tmp_path, capsys):
     plain = trainer_of(tokenizer)
     plain.train()
     assert not torch.equal(weights(plain), weights(whole))
+
+
+# Shots
+
+
+SHOTS = {
+    "type": "experience",
+    "success": 0.0,
+    "unseen": 0.0,
+    "uniform": 1.0,
+    "shots": 2,
+    "shots_tokens": 30,
+    **EMBEDDER,
+}
+
+
+def shot_run(tokenizer, folder=None, **sections):
+    """A trainer whose memory has seen every prompt."""
+    hybrid = trainer_of(tokenizer, folder, memory=SHOTS | sections.pop("memory", {}), **sections)
+    for _ in range(3):
+        hybrid.rollout(hybrid.next_prompts())
+    return hybrid
+
+
+def seen(rollout):
+    """The tokens of each prompt as the policy saw it."""
+    ids, mask = (x[:, : rollout.prompt_length] for x in (rollout.input_ids, rollout.attention_mask.bool()))
+    return [tuple(row[there].tolist()) for row, there in zip(ids, mask, strict=True)]
+
+
+def test_the_nearest_good_answers_stand_in_the_prompt_that_the_policy_saw_and_is_trained_on(tokenizer):
+    hybrid = shot_run(tokenizer)
+    known = {key: record.best for key, record in hybrid.memory.records.items()}
+    picked = hybrid.next_prompts()
+    rollout = hybrid.rollout(picked)
+    for prompt, example in zip(seen(rollout), rollout.examples, strict=True):
+        own = hybrid.corpus.prompt(example.prompt).prompt_ids
+        front = prompt[: len(prompt) - len(own)]
+        assert prompt[len(front) :] == own
+        shots = {shot_ids(best[0], 2) for key, best in known.items() if key != example_key(example)}
+        assert front in {a + b for a in shots for b in shots}
+    # Old log-probs are those of the response behind that very prompt, which is what PPO's first ratio says.
+    first = hybrid.ppo_step(rollout)
+    assert first["sampling_gap_max"] < 1e-4
+    # A prompt is known by itself, and its text is what rewards and reports read.
+    assert hybrid.memory.records.keys() == {example_key(hybrid.corpus.prompt(row["prompt"])) for row in ROWS}
+    assert set(rollout.prompts) <= {row["prompt"] for row in ROWS}
+
+
+def test_evaluation_and_generate_see_shots_too(tokenizer, monkeypatch):
+    from hybrid import learner
+
+    hybrid, asked = shot_run(tokenizer), []
+    answered = learner.respond
+    monkeypatch.setattr(learner, "respond", lambda engine, e, **given: asked.extend(e) or answered(engine, e, **given))
+    hybrid.generate(["the w40 w41"])
+    assert asked[0].num_shots > 0
+    bare = hybrid.corpus.prompt("the w40 w41")
+    assert asked[0].prompt_ids[asked[0].num_shots :] == bare.prompt_ids
+
+
+def test_a_run_with_hints_and_shots_trains_on_both(tokenizer):
+    hybrid = shot_run(tokenizer, mixing={"strategy": "hint", "steps": 3, "sft_coef": 0.1})
+    hybrid.train()
+    assert hybrid.num_steps == 3
+    assert hybrid.memory.records.keys() == {example_key(hybrid.corpus.prompt(row["prompt"])) for row in ROWS}
+
+
+def test_shots_that_leave_no_room_to_answer_are_refused_before_the_first_step(tokenizer):
+    hybrid = trainer_of(tokenizer, memory={**SHOTS, "shots_tokens": 60})
+    with pytest.raises(InputError, match=r"leaves no room for sampling\.max_new_tokens"):
+        hybrid.train()
+    assert hybrid.num_steps == 0

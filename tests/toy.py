@@ -60,9 +60,17 @@ class ToyBackbone(nn.Module):
             states.append(self.states[self.codes[code.clamp(max=len(self.codes) - 1)]])
         return torch.stack(states, 1)
 
-    def next_logits(self, input_ids, attention_mask, cache=None, position_ids=None):
+    @property
+    def trunk(self):
+        return self
+
+    def next_hidden(self, input_ids, attention_mask, cache=None, position_ids=None):
         ids = input_ids if cache is None else torch.cat([cache, input_ids], 1)
-        return self.logits(self(ids, attention_mask[:, : ids.shape[1]])[:, -1]), ids
+        return self(ids, attention_mask[:, : ids.shape[1]])[:, -1], ids
+
+    def next_logits(self, *given, **options):
+        hidden, cache = self.next_hidden(*given, **options)
+        return self.logits(hidden), cache
 
 
 class ToyPolicy(nn.Module):

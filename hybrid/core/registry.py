@@ -25,7 +25,7 @@ class Registry(Generic[T]):
         rewards["length_window"]
 
     Names are matched case-insensitively. Other packages add theirs by an entry point in the group `hybrid.<kind>`,
-    of the name that they register; those are loaded when a name is first not found here.
+    of the name that they register, to the class or its module; those are loaded when a name is first not found here.
     """
 
     def __init__(self, kind: str):
@@ -65,8 +65,16 @@ class Registry(Generic[T]):
 
     def _load_entry_points(self) -> None:
         for entry in entry_points(group=f"hybrid.{self.kind}"):
-            if entry.name.lower() not in self._factories:
-                self._factories[entry.name.lower()] = entry.load()
+            key = entry.name.lower()
+            if key not in self._factories:
+                loaded = entry.load()
+                # One that names a module has had the module register it.
+                if key not in self._factories and not callable(loaded):
+                    raise InputError(
+                        f"the entry point {entry.name!r} of the group {entry.group!r} leads to {entry.value!r}, which "
+                        "is no class or function, and has registered none of that name"
+                    )
+                self._factories.setdefault(key, loaded)
 
 
 def load_object(path: str, *, what: str) -> Any:

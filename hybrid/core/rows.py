@@ -40,6 +40,7 @@ class Rows(Protocol):
 
 
 Record = TypeVar("Record", bound=Rows)
+T = TypeVar("T")
 
 
 def extents(attention_mask: Tensor, valid: Tensor) -> Tensor:
@@ -80,9 +81,9 @@ def handed_on(whole: Record, part: Record, rows: Tensor | slice) -> Record:
     return part
 
 
-def moved(record: Record, device: torch.device | str) -> Record:
+def moved(record: T, device: torch.device | str) -> T:
     """The record with every tensor of its fields, and of the records in them, on `device`."""
     dataclass: Any = record
     values = {f.name: getattr(record, f.name) for f in fields(dataclass)}
-    there: Record = replace(dataclass, **{name: x.to(device) for name, x in values.items() if hasattr(x, "to")})
+    there: T = replace(dataclass, **{name: x.to(device) for name, x in values.items() if hasattr(x, "to")})
     return there

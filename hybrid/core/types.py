@@ -56,6 +56,8 @@ class Encoded:
     input_ids: prompt, target and EOS.   labels: the same length; IGNORE where a token is not trained.
     prompt_ids: what a rollout is started with.
     num_hint: the last so many of prompt_ids are the beginning of the target, which rewards read with the response.
+    num_shots: the first so many of prompt_ids, and of input_ids, are other prompts with answers, which a memory has put
+        there: the policy sees them, and rewards do not.
     prompt, target: the texts that rewards are given beside the response (for plain text, the row cut in two).
     item: the row it came from.
     rejected, margin, weight: see `Example`; the rejected one has the same prompt_ids.
@@ -68,6 +70,7 @@ class Encoded:
     target: str
     item: Mapping[str, Any]
     num_hint: int = 0
+    num_shots: int = 0
     rejected: "Encoded | None" = None
     margin: float = 0.0
     weight: float = 1.0

@@ -1,7 +1,8 @@
 """What the policy says to prompts it has not seen, and how well it still knows the language."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
 from statistics import fmean, stdev
 from typing import Any
 
@@ -9,12 +10,14 @@ import torch
 
 from hybrid.core import Encoded, Rollout
 from hybrid.data import collate
+from hybrid.distributed import ALONE, World
 from hybrid.evaluate.config import EvalConfig
 from hybrid.evaluate.text import evaluate_texts
+from hybrid.functional import sft_loss
 from hybrid.models import Policy, Reference
 from hybrid.objectives import SFTConfig, sft_batch_loss
 from hybrid.rewards import AllSkipped, Reward, Unjudged
-from hybrid.rollout import Engine, SamplingConfig, collect
+from hybrid.rollout import Decoder, Engine, SamplingConfig, TorchEngine, collect
 
 __all__ = ["distinct_n", "evaluate", "evaluate_responses", "evaluate_sft", "sample_rows"]
 
@@ -29,19 +32,24 @@ def evaluate(
     tokenizer: Any,
     sampling: SamplingConfig,
     engine: Engine | None = None,
+    shown: Callable[[Sequence[Encoded]], Sequence[Encoded]] = list,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """All that `config` asks to measure on the held-out examples, and a row for each response that was measured.
 
     sampling: that of the training, which the config may change. Prompts are answered where there is something to
     measure of the answers: a reward, or text metrics.
+    shown: makes of examples what is answered; the losses are of the examples themselves.
     """
     metrics: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     if examples:
-        metrics = evaluate_sft(policy, examples[: config.num_examples], batch_size=config.batch_size)
+        metrics = evaluate_sft(
+            policy, examples[: config.num_examples], batch_size=config.batch_size,
+            decoder=config.sampling(sampling).search, world=ALONE if engine is None else engine.world,
+        )  # fmt: skip
     if examples and (reward is not None or config.text_metrics):
         of_responses, rows = evaluate_responses(
-            policy, references, reward, examples[: config.num_prompts],
+            policy, references, reward, shown(examples[: config.num_prompts]),
             tokenizer=tokenizer, sampling=config.sampling(sampling), text_metrics=config.text_metrics,
             batch_size=config.batch_size, seed=config.seed, engine=engine,
         )  # fmt: skip
@@ -50,18 +58,40 @@ def evaluate(
 
 
 @torch.no_grad()
-def evaluate_sft(policy: Policy, examples: Sequence[Encoded], *, batch_size: int = 32) -> dict[str, float]:
-    """sft_loss: mean negative log-prob of the target tokens, nats.   perplexity: its exponential."""
+def evaluate_sft(
+    policy: Policy,
+    examples: Sequence[Encoded],
+    *,
+    batch_size: int = 32,
+    decoder: Decoder | None = None,
+    world: World = ALONE,
+) -> dict[str, float]:
+    """sft_loss: mean negative log-prob of the target tokens, nats.   perplexity: its exponential.
+
+    decoder/sft_loss, decoder/perplexity: the same under what the decoder draws from, where it is one that knows it and
+    is not the policy (`Decoder.batch_logprob`).
+    """
     policy.eval()
-    total, num_tokens = 0.0, 0
-    for start in range(0, len(examples), batch_size):
+    starts = range(0, len(examples), batch_size)
+
+    def measured(start: int) -> tuple[dict[str, float], int]:
         batch = collate(examples[start : start + batch_size], pad_id=0).to(policy.device)
         loss, _ = sft_batch_loss(policy, batch, SFTConfig(), num_tokens=1)
-        total, num_tokens = total + float(loss), num_tokens + batch.num_tokens
-    if not num_tokens:
-        return {}
-    loss_mean = total / num_tokens
-    return {"sft_loss": loss_mean, "perplexity": math.exp(min(loss_mean, 700.0))}
+        losses = {"": float(loss)}
+        if decoder is not None and (of_decoder := decoder.batch_logprob(policy, batch)) is not None:
+            losses["decoder/"] = float(sft_loss(*of_decoder, num_tokens=1)[0])
+        return losses, batch.num_tokens
+
+    totals: dict[str, float] = {}
+    num_tokens = 0
+    for losses, tokens in chain(*world.each(lambda: [measured(start) for start in starts[world.share(len(starts))]])):
+        totals = {name: totals.get(name, 0.0) + loss for name, loss in losses.items()}
+        num_tokens += tokens
+    metrics: dict[str, float] = {}
+    for name, total in totals.items() if num_tokens else ():
+        loss_mean = total / num_tokens
+        metrics |= {f"{name}sft_loss": loss_mean, f"{name}perplexity": math.exp(min(loss_mean, 700.0))}
+    return metrics
 
 
 def evaluate_responses(
@@ -87,6 +117,7 @@ def evaluate_responses(
     left out.
     """
     generator = torch.Generator(policy.device).manual_seed(seed)
+    engine = engine or TorchEngine(policy)
     rollouts = _rollouts(
         policy, references, reward or Unjudged(), examples,
         batch_size=batch_size, tokenizer=tokenizer, sampling=sampling, seed=seed, generator=generator, engine=engine,
@@ -117,24 +148,30 @@ def _rollouts(
     *,
     batch_size: int,
     seed: int,
+    engine: Engine,
     **options: Any,
 ) -> list[Rollout]:
     """The examples' rollouts, a batch each, after which the reward's state is what it was."""
-    state = reward.state_dict()
+    world = engine.world
+    state = world.main(reward.state_dict)
     rollouts: list[Rollout] = []
-    reward.before_evaluation(seed)
+    world.main(lambda: reward.before_evaluation(seed))
+
+    def over() -> None:
+        reward.load_state_dict(state or {})
+        reward.after_evaluation(rollouts)
+
     try:
         for start in range(0, len(examples), batch_size):
             batch = examples[start : start + batch_size]
             try:
-                rollouts.append(collect(policy, references, reward, batch, allow_gap=True, **options))
+                rollouts.append(collect(policy, references, reward, batch, engine=engine, allow_gap=True, **options))
             except AllSkipped:
                 # The last batch may be one response; only where none has a score is there nothing to measure.
                 if not rollouts and start + batch_size >= len(examples):
                     raise
     finally:
-        reward.load_state_dict(state)
-        reward.after_evaluation(rollouts)
+        world.main(over)
     return rollouts
 
 

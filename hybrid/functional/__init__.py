@@ -9,6 +9,7 @@ from hybrid.functional.kl import AdaptiveKL, FixedKL, kl_estimate
 from hybrid.functional.linear_logprob import linear_logprob
 from hybrid.functional.logprob import TokenStats, entropy, full_kl, soft_capped, token_logprob, token_stats
 from hybrid.functional.masked import masked_mean, masked_sum, masked_var, masked_whiten
+from hybrid.functional.neighbours import knn_label_prob, knn_prob, mixed_logprob, nearest, squared_distance
 from hybrid.functional.ppo import (
     Aggregation,
     ImportanceLevel,
@@ -56,6 +57,8 @@ __all__ = [
     "group_advantage",
     "importance_weight",
     "kl_estimate",
+    "knn_label_prob",
+    "knn_prob",
     "kto_loss",
     "leave_one_out_advantage",
     "linear_divergence",
@@ -65,10 +68,13 @@ __all__ = [
     "masked_sum",
     "masked_var",
     "masked_whiten",
+    "mixed_logprob",
+    "nearest",
     "policy_loss",
     "rounded_operands",
     "sft_loss",
     "soft_capped",
+    "squared_distance",
     "token_logprob",
     "token_reward",
     "token_stats",

@@ -35,6 +35,9 @@ class Chain:
         old = self.worth.pop(pair, 0.0)
         self.worth[pair] = (1 - self.decay) * old + self.alpha * (reward + self.gamma * next_reward)
         self._rows.setdefault(s, {})[then] = None
+        self._forget()
+
+    def _forget(self) -> None:
         while len(self.worth) > self.capacity:
             (first, second), _ = self.worth.popitem(last=False)
             del self._rows[first][second]
@@ -42,11 +45,12 @@ class Chain:
                 del self._rows[first]
 
     def load(self, pairs: Iterable[tuple[str, str, float]]) -> None:
-        """Hold exactly these, the pair that was followed last at the end."""
+        """Hold these and no others, the pair that was followed last at the end."""
         self.worth, self._rows = OrderedDict(), {}
         for s, then, worth in pairs:
             self.worth[s, then] = worth
             self._rows.setdefault(s, {})[then] = None
+        self._forget()
 
     def row(self, s: str, states: Sequence[str]) -> list[float]:
         """P[s, .] over these states, among which all of the row's are."""

@@ -2,12 +2,11 @@
 
 import random
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hybrid.core import InputError, load_object
+from hybrid.memory.shots import vectors_of
 
 __all__ = ["clusters_of", "k_means"]
 
@@ -15,14 +14,8 @@ NUM_PASSES = 50
 
 
 def clusters_of(texts: Sequence[str], embedder: str, number: int, seed: int) -> list[int]:
-    """The cluster of each text. embedder: "module:name" of a function, texts -> (N, D) numbers."""
-    embed: Any = load_object(embedder, what="memory.embedder")
-    vectors = torch.as_tensor(embed(list(texts)), dtype=torch.float64)
-    if vectors.dim() != 2 or len(vectors) != len(texts):
-        raise InputError(
-            f"memory.embedder {embedder!r} must give each of {len(texts)} texts a vector, got {tuple(vectors.shape)}"
-        )
-    return k_means(vectors, number, seed).tolist()
+    """The cluster of each text. embedder: see `vectors_of`."""
+    return k_means(vectors_of(texts, embedder), number, seed).tolist()
 
 
 def k_means(vectors: Tensor, number: int, seed: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Experience: what happened to every prompt, which decides when it comes again, and its best responses."""
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,6 +13,7 @@ from hybrid.core import Batch, Encoded, InputError, unknown_name
 from hybrid.memory.memory import Memory, register_memory
 from hybrid.memory.record import CLASSES, Record, bounds, class_of
 from hybrid.memory.schedules import by_class, by_due, by_learnability
+from hybrid.memory.shots import Nearness, with_shots
 from hybrid.memory.spaced import FSRS, Leitner, Scheduler
 from hybrid.memory.visits import Kept, Visit, example_key
 
@@ -48,6 +50,9 @@ class Experience(Memory):
     keep: int = 4  # best responses of each prompt
     staleness: int = 0  # PPO also learns from rollouts that are at most so many steps old; 0: from fresh ones alone
     replay_share: float = 0.25  # of that: stale responses, as a share of the fresh ones
+    shots: int = 0  # so many good answers to the nearest other prompts stand in front of a prompt
+    shots_tokens: int = 256  # the most tokens of them together
+    embedder: str | None = None  # of shots: "module:name", texts -> a vector each
     path: str | None = None  # begin with another run's memory: its folder, or its memory.jsonl
 
     keeps_responses: ClassVar[bool] = True
@@ -56,23 +61,32 @@ class Experience(Memory):
         for name in ("capacity", "keep"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.staleness < 0:
-            raise InputError(f"staleness must be at least 0, got {self.staleness}")
+        for name in ("staleness", "shots", "shots_tokens"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if bool(self.shots) != (self.embedder is not None):
+            raise InputError(
+                f"shots and embedder go together, got {self.shots} and {self.embedder!r}: give both or neither"
+            )
         for name in ("unseen", "uniform", "rate", "replay_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if not self.interval > 0:
-            raise InputError(f"interval must be > 0 steps, got {self.interval}")
+        if not 0 < self.interval < math.inf:
+            raise InputError(f"interval must be > 0 steps and finite, got {self.interval}")
+        if not math.isfinite(self.success):
+            raise InputError(f"success must be a finite score, got {self.success}")
         low, high = [*self.thresholds, 0, 0][:2]
         if len(self.thresholds) != 2 or not 0 <= low <= high <= 1:
             raise InputError(f"thresholds must be two numbers in [0, 1], the lower one first, got {self.thresholds}")
         for name in self.shares:
             if name not in CLASSES:
                 raise unknown_name("class of prompts: memory.shares.", str(name), CLASSES)
-        if min(self.shares.values(), default=-1) < 0 or abs(sum(self.shares.values()) - 1) > 1e-6:
+        if not (all(share >= 0 for share in self.shares.values()) and abs(sum(self.shares.values()) - 1) <= 1e-6):
             raise InputError(f"shares must be at least 0 and add up to 1, got {self.shares}")
         self.records: dict[str, Record] = {}
         self.recent: deque[Visit] = deque()  # whole visits of the last `staleness` steps
+        self._nearness = None if self.embedder is None else Nearness(self.embedder)
+        self._eos_id: int | None = None
         self._supervised: dict[tuple[int, ...], str] = {}
         self._scheduler: Scheduler = (FSRS if self.choose == "due" and self.scheduler == "fsrs" else Leitner)(
             self.interval
@@ -80,6 +94,7 @@ class Experience(Memory):
 
     def attach(self, examples: Sequence[Encoded], tokenizer: Any = None, *, seed: int = 0) -> None:
         super().attach(examples, tokenizer, seed=seed)
+        self._eos_id = None if tokenizer is None else tokenizer.eos_token_id
         self._supervised = {example.input_ids: example_key(example) for example in examples}
 
     @property
@@ -107,7 +122,25 @@ class Experience(Memory):
         for key in wanted[:place]:
             picked[key] = offered[key] if key in offered else self._example(key)
         # A loader that draws a prompt twice has fewer than `number`.
-        return [*picked.values(), *drawn][:number]
+        return self.shown([*picked.values(), *drawn][:number])
+
+    def shown(self, examples: Sequence[Encoded]) -> list[Encoded]:
+        """Behind the best answers to the prompts nearest to their own, where there are shots."""
+        if self._nearness is None:
+            return list(examples)
+        records = self.records.items()
+        good = {key: r.best[0] for key, r in records if r.best and r.best[0].score >= self.success}
+        found = []
+        for example in examples:
+            key = example_key(example)
+            others = {other: self.records[other].text for other in good if other != key}
+            near = self._nearness.nearest(example.prompt, others, self.shots)
+            found.append(with_shots(example, [good[other] for other in near], self.shots_tokens, self._eos_id))
+        return found
+
+    @property
+    def most_added(self) -> int:
+        return self.shots_tokens if self.shots else 0
 
     def _again(self, number: int, without: Mapping[str, Encoded], step: int) -> list[Record]:
         """At most so many of the prompts that were seen and are in the run's data, the ones to come next first."""

@@ -1,5 +1,6 @@
 """A Markov chain over prompts: the next one is drawn from the row of the last."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -95,7 +96,12 @@ class MarkovMemory(Memory):
     # The mission's own names
 
     def add(self, prompt: str, response: str, reward: float) -> None:
-        """A visit to the state `prompt`, and what its response got. The chain learns it at the next `update`."""
+        """A visit to the state `prompt`, and what its response got. The chain learns it at the next `update`.
+
+        Raises InputError for a reward that is not finite: it would spoil every mean that it goes into.
+        """
+        if not math.isfinite(reward):
+            raise InputError(f"the reward of a visit must be finite, got {reward}; leave out what has no score")
         state = self.states.pop(prompt, State(text=prompt))
         self.states[prompt] = state  # the one visited last comes last
         gain = reward - state.level if state.visits else 0.0
@@ -104,6 +110,9 @@ class MarkovMemory(Memory):
         if state.best is None or reward > state.best:
             state.best, state.response = reward, response
         self._waiting.append((prompt, gain if self.prefer == "progress" else reward))
+        self._forget()
+
+    def _forget(self) -> None:
         while len(self.states) > self.capacity:
             del self.states[next(iter(self.states))]
 
@@ -139,10 +148,15 @@ class MarkovMemory(Memory):
     def transition_probabilities(self, names: Sequence[str] | None = None) -> Tensor:
         """P[s, s'], (N, N) float64, rows sum to 1; over all states in order of name.
 
-        names: the states whose rows are wanted; None: all, which are N^2 numbers.
+        names: the states whose rows are wanted; None: all, which are N^2 numbers. Raises InputError for an unknown one.
         """
         every = self._names()
-        return torch.tensor([self.chain.row(state, every) for state in names or every], dtype=torch.float64)
+        wanted, known = every if names is None else names, {*every}
+        for state in wanted:
+            if state not in known:
+                raise unknown_state(state, every)
+        rows = [self.chain.row(state, every) for state in wanted]
+        return torch.tensor(rows, dtype=torch.float64).view(len(wanted), len(every))
 
     def _names(self) -> list[str]:
         """The run's states and those that were visited, in order of name. Raises InputError where there is none."""
@@ -154,13 +168,16 @@ class MarkovMemory(Memory):
     # In a run
 
     def pick(self, drawn: Sequence[Encoded], step: int) -> list[Encoded]:
-        number, chance, states = len(drawn), self.chance(step), list(self._prompts)
+        number, chance = len(drawn), self.chance(step)
+        # Of a chain that began in another run: states of which this one has no prompt.
+        foreign = [state for state in self.chain.states() if state not in self._prompts]
+        states = [*self._prompts, *foreign]
         picked = {example_key(example): example for example in drawn[: round(self.uniform * number)]}
         at = self.last
-        full: dict[str, None] = {}  # states whose prompts are all picked
+        full = dict.fromkeys(foreign)  # states none of whose prompts is left
         while len(picked) < min(number, len(self.pool)):
             at = self.chain.draw(at, states, chance, full)
-            free = [key for key in self._prompts[at] if key not in picked] if at in self._prompts else []
+            free = [key for key in self._prompts[at] if key not in picked]
             if free:
                 key = free[chance.randrange(len(free))]
                 examples = self.pool[key]
@@ -202,4 +219,5 @@ class MarkovMemory(Memory):
             for row in rows
             if "state" in row
         }
+        self._forget()
         self.chain.load([(row["from"], row["to"], row["worth"]) for row in rows if "from" in row])

@@ -65,6 +65,15 @@ class Memory(ABC):
     def visited(self, visits: Sequence[Visit], step: int) -> None:
         """What came of a rollout's prompts, in order."""
 
+    def shown(self, examples: Sequence[Encoded]) -> list[Encoded]:
+        """Examples that are answered outside of a rollout, in evaluation and by `generate`, as the policy sees them."""
+        return list(examples)
+
+    @property
+    def most_added(self) -> int:
+        """The most tokens by which `pick` and `shown` make a prompt longer."""
+        return 0
+
     def knows(self, key: str) -> bool:
         """Whether it holds something of this prompt."""
         return False

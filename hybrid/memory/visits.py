@@ -19,6 +19,7 @@ class Kept:
     prompt: the ids that it answers, a hint among them.   response: its own ids, EOS among them.
     logprob: of each of its tokens under the distribution that it was drawn from; None where that is not known.
     entropy: of the policy that drew it, nats per token.   step: when.   ended: whether EOS or a stop text came.
+    num_shots: the first so many of the prompt's ids are other prompts with their answers; see `Encoded`.
     """
 
     prompt: tuple[int, ...]
@@ -29,6 +30,7 @@ class Kept:
     step: int
     ended: bool
     text: str = ""
+    num_shots: int = 0
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> "Kept":
@@ -66,8 +68,8 @@ def prompt_key(ids: Sequence[int]) -> str:
 
 
 def example_key(example: Encoded) -> str:
-    """That of an example's own prompt, without the hint that a strategy may have put behind it."""
-    return prompt_key(example.prompt_ids[: len(example.prompt_ids) - example.num_hint])
+    """That of an example's own prompt, without the hint that a strategy may have put behind it, and without shots."""
+    return prompt_key(example.prompt_ids[example.num_shots : len(example.prompt_ids) - example.num_hint])
 
 
 def visits_of(rollout: Rollout, step: int) -> list[Visit]:
@@ -80,8 +82,8 @@ def visits_of(rollout: Rollout, step: int) -> list[Visit]:
     prompts = _rows(rollout.input_ids[:, : rollout.prompt_length], rollout.attention_mask[:, : rollout.prompt_length])
     responses = _rows(rollout.input_ids[:, rollout.prompt_length :], rollout.mask)
     drawn = None if rollout.sampling_logprob is None else _rows(rollout.sampling_logprob, rollout.mask)
-    hints = [e.num_hint for e in rollout.examples] or [0] * len(rollout)
-    keys = [prompt_key(ids[: len(ids) - hint]) for ids, hint in zip(prompts, hints, strict=True)]
+    around = [(e.num_shots, e.num_hint) for e in rollout.examples] or [(0, 0)] * len(rollout)
+    keys = [prompt_key(ids[shots : len(ids) - hint]) for ids, (shots, hint) in zip(prompts, around, strict=True)]
     groups = keys if rollout.group is None else rollout.group.tolist()
     found: dict[Any, list[int]] = {}
     for row, group in enumerate(groups):
@@ -95,6 +97,7 @@ def visits_of(rollout: Rollout, step: int) -> list[Visit]:
                     prompt=tuple(prompts[row]), response=tuple(responses[row]),
                     logprob=None if drawn is None else tuple(drawn[row]), score=scores[row], entropy=entropy[row],
                     step=step, ended=ended[row], text=rollout.responses[row] if rollout.responses else "",
+                    num_shots=around[row][0],
                 )
                 for row in rows
             ),

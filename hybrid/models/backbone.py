@@ -196,7 +196,14 @@ class Backbone(nn.Module):
     def next_logits(
         self, input_ids: Tensor, attention_mask: Tensor, cache: Any = None, position_ids: Tensor | None = None
     ) -> tuple[Tensor, Any]:
-        """Logits (B, V) float32 after the last token, and the cache for the next call.
+        """Logits (B, V) float32 after the last token, and the cache for the next call; see `next_hidden`."""
+        hidden, cache = self.next_hidden(input_ids, attention_mask, cache, position_ids)
+        return self.logits(hidden), cache
+
+    def next_hidden(
+        self, input_ids: Tensor, attention_mask: Tensor, cache: Any = None, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        """The hidden state (B, D) of the last token, and the cache for the next call.
 
         input_ids: (B, n), the tokens that the cache has not seen.   attention_mask: (B, seen + n); of a cache of fixed
         shape (B, room), true on what is not written yet.   position_ids: (B, n), None: counted over the mask.
@@ -211,7 +218,7 @@ class Backbone(nn.Module):
             mask = mask[:, -num_new:]
         extra = {} if cache is None else {self._cache: cache}
         out = self._run(input_ids, mask, position_ids, use_cache=True, **extra)
-        return self.logits(self._scaled(out.last_hidden_state[:, -1])), getattr(out, self._cache)
+        return self._scaled(out.last_hidden_state[:, -1]), getattr(out, self._cache)
 
     def carried(self, input_ids: Tensor, attention_mask: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Hidden states (B, T, D) as `forward` gives them, and the state after the last token, of a recurrent model.

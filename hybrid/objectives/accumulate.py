@@ -3,13 +3,15 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic
+from itertools import chain
+from typing import Any, Generic, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
 from hybrid.core import Record, RunStopped, first_line, is_out_of_memory, microbatches
+from hybrid.distributed import ALONE, World
 
 __all__ = ["Loss", "Metrics", "Term", "accumulate", "on_host"]
 
@@ -39,8 +41,27 @@ class Term(Generic[Record]):
     section: str = ""
 
 
+class Job(NamedTuple):
+    """One forward and backward pass. term: its number.   factor: 0 for rows that only keep step with the others'."""
+
+    term: int
+    rows: Any
+    factor: float = 1.0
+
+
+class Failure(NamedTuple):
+    """Where the memory ran out. term: its number.   said: in what words."""
+
+    term: int
+    said: str
+
+
 def accumulate(
-    optimizer: torch.optim.Optimizer, terms: Sequence[Term[Any]], scaler: GradScaler, row_limits: dict[str, int]
+    optimizer: torch.optim.Optimizer,
+    terms: Sequence[Term[Any]],
+    scaler: GradScaler,
+    row_limits: dict[str, int],
+    world: World = ALONE,
 ) -> list[Metrics]:
     """Leave the gradient of all terms, times the scaler's scale, in the parameters.
 
@@ -48,42 +69,64 @@ def accumulate(
     row_limits: rows of a microbatch that the memory has been found to allow, by the term's name. Where it runs out,
         the term's is halved in there, with a warning, and all terms start anew with the same random numbers: the
         gradient is the one that the smaller microbatches give.
+    world: whose processes share each term's rows; the gradient is of all, the metrics are of this one's.
     Raises RunStopped where not even one row at a time fits.
     """
-    random_state = _random_state(optimizer)
+    device = terms[0].rows.attention_mask.device
+    random_state = _random_state(device)
     while True:
-        optimizer.zero_grad(set_to_none=True)
-        metrics = []
-        for term in terms:
-            size = min(term.microbatch_size or len(term.rows), row_limits.get(term.name, len(term.rows)))
-            outcome = _attempt(term, size, scaler)
-            if isinstance(outcome, str):
-                break
-            metrics.append(outcome)
-        else:
-            return metrics
-        row_limits[term.name] = _halved(term, size, outcome)
-        optimizer.zero_grad(set_to_none=True)
+        world.drop(optimizer)
+        sizes = [
+            min(term.microbatch_size or len(term.rows), row_limits.get(term.name, len(term.rows))) for term in terms
+        ]
+        passes = [job for n, term in enumerate(terms) for job in _jobs(n, term.rows, sizes[n], world)]
+        with world.own_randomness(device):
+            outcome = _attempt(terms, passes, scaler, world)
+        if not isinstance(outcome, Failure):
+            return outcome
+        failed, size = terms[outcome.term], sizes[outcome.term]
+        row_limits[failed.name] = _halved(failed, min(size, world.largest(len(failed.rows))), outcome.said)
+        world.drop(optimizer)
         torch.cuda.empty_cache()
-        _set_random_state(optimizer, random_state)
+        _set_random_state(device, random_state)
 
 
-def _attempt(term: Term[Any], size: int, scaler: GradScaler) -> Metrics | str:
-    """Add the term's gradient to what is there. Returns its metrics, or what was said where the memory ran out.
+def _jobs(term: int, rows: Any, size: int, world: World) -> list[Job]:
+    """This process's microbatches of a term's rows, as many as that process has which has most."""
+    if world.size == 1:
+        return [Job(term, part) for part in microbatches(rows, size)]
+    share = world.share(len(rows))
+    own = microbatches(rows[share], size) if share.start < share.stop else []
+    idle = -(-world.largest(len(rows)) // size) - len(own)
+    return [Job(term, part) for part in own] + [Job(term, rows[:1], factor=0.0)] * idle
+
+
+def _attempt(
+    terms: Sequence[Term[Any]], jobs: Sequence[Job], scaler: GradScaler, world: World
+) -> list[Metrics] | Failure:
+    """Add the terms' gradients to what is there. Returns this process's metrics, or what failed in any.
 
     The error itself ends here: its traceback would keep the failed forward's tensors in memory.
     """
-    parts: Metrics = []
-    try:
-        for microbatch in microbatches(term.rows, size):
-            loss, metrics = term.loss_of(microbatch)
-            scaler.scale(term.coef * loss).backward()
-            parts.append((microbatch.mean_over, {"loss": loss.detach(), **metrics}))
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            return first_line(error)
-        raise
-    return parts
+    metrics: list[Metrics] = [[] for _ in terms]
+    failure: Failure | None = None
+    for number, job in enumerate(jobs, start=1):
+        term, last = terms[job.term], number == len(jobs)
+        try:
+            if failure is None:
+                loss, found = world.loss(term.loss_of, job.rows, last=last)
+            # Where the last gradients meet, a process that has none would keep all others waiting.
+            if last and (told := world.first(failure)) is not None:
+                return told
+            if failure is None:
+                world.backward(scaler.scale(job.factor * term.coef * loss))
+                if job.factor:
+                    metrics[job.term].append((job.rows.mean_over, {"loss": loss.detach(), **found}))
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or not world.retries:
+                raise
+            failure = Failure(job.term, first_line(error))
+    return failure or metrics
 
 
 def _halved(term: Term[Any], size: int, failure: str) -> int:
@@ -102,8 +145,10 @@ def _halved(term: Term[Any], size: int, failure: str) -> int:
     return half
 
 
-def on_host(terms: Sequence[Metrics], *others: Tensor) -> tuple[list[dict[str, float]], list[float]]:
-    """The terms' metrics and other scalars as numbers, in one read from the device.
+def on_host(
+    terms: Sequence[Metrics], *others: Tensor, world: World = ALONE
+) -> tuple[list[dict[str, float]], list[float]]:
+    """The terms' metrics, of all processes, and other scalars as numbers, in one read from the device.
 
     Of a term's microbatches losses are added, `_max` is the maximum, the rest a mean weighted by `Rows.mean_over`.
     """
@@ -111,10 +156,9 @@ def on_host(terms: Sequence[Metrics], *others: Tensor) -> tuple[list[dict[str, f
     scalars = [*(x for parts in terms for _, metrics in parts for x in metrics.values()), *others]
     exact = torch.float32 if device.type == "mps" else torch.float64
     numbers = iter(torch.stack([torch.as_tensor(x, dtype=exact, device=device) for x in scalars]).tolist())
-    merged = [
-        _merged([(count, {name: next(numbers) for name in metrics}) for count, metrics in parts]) for parts in terms
-    ]
-    return merged, list(numbers)
+    own = [[(count, {name: next(numbers) for name in metrics}) for count, metrics in parts] for parts in terms]
+    of_all = world.each(lambda: own)
+    return [_merged(list(chain(*parts))) for parts in zip(*of_all, strict=True)], list(numbers)
 
 
 def _merged(parts: list[tuple[float, dict[str, float]]]) -> dict[str, float]:
@@ -131,14 +175,13 @@ def _merged(parts: list[tuple[float, dict[str, float]]]) -> dict[str, float]:
     return merged
 
 
-def _random_state(optimizer: torch.optim.Optimizer) -> tuple[Tensor, Tensor | None]:
-    """Of the CPU, and of the GPU that the parameters are on."""
-    device = optimizer.param_groups[0]["params"][0].device
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Of the CPU, and of the GPU that the rows are on."""
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
-def _set_random_state(optimizer: torch.optim.Optimizer, state: tuple[Tensor, Tensor | None]) -> None:
+def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
     on_cpu, on_gpu = state
     torch.set_rng_state(on_cpu)
     if on_gpu is not None:
-        torch.cuda.set_rng_state(on_gpu, optimizer.param_groups[0]["params"][0].device)
+        torch.cuda.set_rng_state(on_gpu, device)

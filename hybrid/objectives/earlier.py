@@ -56,7 +56,7 @@ def with_stale(rollout: Rollout, parts: Parts, ppo: PPOConfig, kl: KLConfig, sco
         "score": score, "kl_coef": 0.0 if kl.in_loss else parts.kl.coef, "kl_kind": kl.kind,
         "minibatch_size": ppo.minibatch_size, "microbatch_size": ppo.microbatch_size,
     }  # fmt: skip
-    stale = rescored(rows, parts, parts.references, rollout.temperature, group, options)
+    stale = rescored(rows, parts, parts.references, rollout, group, options)
     return with_advantages(beside(rollout, stale), ppo)
 
 
@@ -64,12 +64,13 @@ def rescored(
     rows: Sequence[Kept],
     parts: Parts,
     references: Sequence[Reference],
-    temperature: float,
+    fresh: Rollout,
     group: Tensor | None,
     options: CollectOptions,
 ) -> Rollout:
     """The rows under the policy as it is now: its log-probs, values and entropy, and what came with them then.
 
+    fresh: the rollout that they go with, at whose temperature and in whose window they are scored.
     group: (B,) int64, see `Rollout`; None: by prompt.   options: see `CollectOptions`.
     """
     pad_id, device = filler_id(parts.tokenizer), parts.policy.device
@@ -89,7 +90,8 @@ def rescored(
     with parts.autocast():
         return assemble(
             parts.policy, references, prompt_ids.to(device), prompt_mask.to(device), responses, scores,
-            temperature=temperature, group=None if group is None else group.to(device), **options,
+            temperature=fresh.temperature, decoder=fresh.decoder, window=fresh.window,
+            group=None if group is None else group.to(device), **options,
         )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from hybrid.core import (
     unknown_name,
 )
 from hybrid.data import AnswerLoader, Loader, PairLoader
+from hybrid.distributed import World
 from hybrid.functional import AdaptiveKL, FixedKL
 from hybrid.memory import Memory
 from hybrid.models import Policy, Reference
@@ -51,6 +52,7 @@ class Parts(Protocol):
     kl: FixedKL | AdaptiveKL
     tokenizer: Any
     folder: Path | None  # the run's, where what was computed once may be kept
+    world: World  # the run's processes, which go through the same steps
 
     @property
     def memory(self) -> Memory | None:

@@ -84,6 +84,12 @@ class ReferenceLogprob:
         """Compute those of these examples, or read them from the run's folder."""
         if not examples or all(id(e) in self._kept for e in examples):
             return
+        values = self.parts.world.once(lambda: self._found(examples))
+        self._kept |= zip(map(id, examples), values.tolist(), strict=True)
+        self._owners.append(examples)
+
+    def _found(self, examples: Sequence[Encoded]) -> Tensor:
+        """Read, or computed and written."""
         file = None
         if self.parts.folder is not None:
             file = self.parts.folder / FOLDER / f"{self._digest(examples)}.safetensors"
@@ -94,8 +100,7 @@ class ReferenceLogprob:
                 with disk_errors(f"write to {str(file)!r}"):
                     file.parent.mkdir(parents=True, exist_ok=True)
                     write_file(file, save({"logprob": values}))
-        self._kept |= zip(map(id, examples), values.tolist(), strict=True)
-        self._owners.append(examples)
+        return values
 
     def _computed(self, examples: Sequence[Encoded]) -> Tensor:
         began, values = time.perf_counter(), torch.zeros(len(examples))

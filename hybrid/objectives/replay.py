@@ -70,7 +70,7 @@ class Replay(Objective[Rollout]):
             return rollout[:0]
         rows, means = zip(*found, strict=True)
         sizes = {"minibatch_size": self.ppo.minibatch_size, "microbatch_size": self.ppo.microbatch_size}
-        kept = rescored(rows, self.parts, (), rollout.temperature, None, sizes)  # type: ignore[arg-type]
+        kept = rescored(rows, self.parts, (), rollout, None, sizes)  # type: ignore[arg-type]
         expected = torch.tensor(means, device=kept.score.device) if self.baseline == "mean" else kept.old_value[:, 0]
         weight = (kept.score - expected).clamp(min=0)
         return replace(kept, advantage=weight.unsqueeze(1) * kept.mask)[weight.nonzero().squeeze(1)]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.amp import GradScaler
 
+from hybrid.distributed import ALONE, World
 from hybrid.objectives.accumulate import Term, accumulate, on_host
 
 __all__ = ["GradientConfig", "over_updates", "scaled_lr", "update"]
@@ -39,6 +40,7 @@ def update(
     max_grad_norm: float = 1.0,
     scaler: GradScaler | None = None,
     row_limits: dict[str, int] | None = None,
+    world: World = ALONE,
 ) -> dict[str, float]:
     """Accumulate the gradients of all terms, clip their norm, and step the optimizer once.
 
@@ -46,6 +48,7 @@ def update(
         rate = lr * mean over terms, weighted by coef, of lr_factor
 
     scaler: of float16's losses; None: no scaling.   row_limits: see `accumulate`, which may lower them.
+    world: whose processes share the rows, and have the same metrics and weights afterwards.
     Returns the terms' metrics (of a name that several have, as NAME/metric), then loss (the sum; of several terms also
     each one's, as NAME_loss), grad_norm (before clipping), lr (of the first group), and skipped: 1.0 where the loss or
     the gradient was not finite, in which case no weight and no state of the optimizer has changed. With a scaler also
@@ -53,13 +56,11 @@ def update(
     float16 needs now and then.
     """
     scaler = scaler or GradScaler(enabled=False)
-    of_terms = accumulate(optimizer, terms, scaler, {} if row_limits is None else row_limits)
+    of_terms = accumulate(optimizer, terms, scaler, {} if row_limits is None else row_limits, world)
     scaler.unscale_(optimizer)
-    norm = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+    norm = world.grad_norm(module)
     # What to do with the gradient is decided on the host: the one place of an update that waits for a GPU.
-    merged, (grad_norm,) = on_host(of_terms, norm)
-    if grad_norm > max_grad_norm:
-        nn.utils.clip_grads_with_norm_(module.parameters(), max_grad_norm, norm)
+    merged, (grad_norm,) = on_host(of_terms, norm, world=world)
     metrics = _named_apart(terms, merged)
     loss = sum(term.coef * of_term["loss"] for term, of_term in zip(terms, merged, strict=True))
     finite = math.isfinite(grad_norm) and math.isfinite(loss)
@@ -67,8 +68,8 @@ def update(
     with scaled_lr(optimizer, sum(term.coef / total * term.lr_factor for term in terms)):
         lr = optimizer.param_groups[0]["lr"]
         if finite:
-            optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+            world.step(module, optimizer, norm, max_grad_norm)
+    world.drop(optimizer)
     if scaler.is_enabled():
         scale = scaler.get_scale()
         overflow = not finite and math.isfinite(loss) and scale > 1

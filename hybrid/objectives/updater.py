@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from hybrid.core import RunStopped, unknown_name
+from hybrid.distributed import ALONE, World
 from hybrid.objectives.accumulate import Term
 from hybrid.objectives.precision import Precision, grad_scaler
 from hybrid.objectives.update import GradientConfig, update
@@ -23,7 +24,7 @@ class Updater:
     """Makes optimizer steps. Owns the optimizer, the scheduler and float16's scaler, and steps them together.
 
     optimizer, scheduler: config sections.   num_updates: optimizer steps of the run, None where not known.
-    precision: what the terms compute in.
+    precision: what the terms compute in.   world: whose processes share an update's rows; it has the module already.
     on_skip: called with the terms and the metrics of an update that was skipped because it was not finite.
     row_limits: see `accumulate`; what the memory was found to allow holds for the rest of the run.
     """
@@ -37,9 +38,11 @@ class Updater:
         *,
         num_updates: int | None = None,
         precision: Precision = "float32",
+        world: World = ALONE,
     ):
-        self.module, self.gradient = module, gradient
+        self.module, self.gradient, self.world = module, gradient, world
         self.optimizer = optimizer_from(module, optimizer)
+        world.adopt(self.optimizer, max_norm=gradient.max_norm)
         self.scaler = grad_scaler(precision, next(module.parameters()).device)
         self.row_limits: dict[str, int] = {}
         self.on_skip: Callable[[Sequence[Term[Any]], Mapping[str, float]], None] | None = None
@@ -87,7 +90,7 @@ class Updater:
         scheduler = self.scheduler  # before the step: it sets the first rate
         metrics = update(
             self.module, self.optimizer, terms, max_grad_norm=self.gradient.max_norm,
-            scaler=self.scaler, row_limits=self.row_limits,
+            scaler=self.scaler, row_limits=self.row_limits, world=self.world,
         )  # fmt: skip
         if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
             with warnings.catch_warnings():
@@ -123,7 +126,7 @@ class Updater:
         """All that the next step depends on, beside the weights."""
         scheduler = self.scheduler
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.world.optimizer_state(self.optimizer),
             "scheduler": None if scheduler is None else scheduler.state_dict(),
             "num_updates": self.num_updates,
             "skipped_in_a_row": self.skipped_in_a_row,
@@ -140,4 +143,4 @@ class Updater:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         # Last: making the scheduler set a rate, and the optimizer's own state holds the one it was at.
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.world.load_optimizer_state(self.optimizer, state["optimizer"])

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from hybrid.core import Encoded
-from hybrid.models import response_stats
+from hybrid.models import Backbone, response_stats
 from hybrid.rollout.draw import truncated
 from hybrid.rollout.engine import Engine
 from hybrid.rollout.judge import Judge
 from hybrid.rollout.responses import Responses
 from hybrid.rollout.sampling import SamplingConfig
+from hybrid.rollout.steps import Speaker
 
 __all__ = ["Asked"]
 
@@ -68,11 +69,20 @@ class Asked:
         exact = torch.float32 if self.device.type == "mps" else torch.float64
         return torch.rand(shape, generator=self.generator, dtype=exact, device=self.device)
 
-    def drawn(self, times: int, sampling: SamplingConfig | None = None) -> Responses:
-        """`times` responses to each prompt, as `sample` draws them; (B * times, at most width)."""
+    def drawn(
+        self,
+        times: int,
+        sampling: SamplingConfig | None = None,
+        *,
+        through: Callable[[Backbone], Speaker] | None = None,
+    ) -> Responses:
+        """`times` responses to each prompt, as `sample` draws them; (B * times, at most width).
+
+        through: makes of the policy's backbone what speaks in its place; None: it speaks itself.
+        """
         found = self.engine.generate(
             self.prompt_ids, self.prompt_mask, (sampling or self.sampling).drawing(), eos_ids=self.eos_ids,
-            pad_id=self.pad_id, repeats=times, generator=self.generator, is_over=self.is_over,
+            pad_id=self.pad_id, repeats=times, generator=self.generator, is_over=self.is_over, through=through,
         )  # fmt: skip
         self._spent.append(int(found.mask.sum()))
         return found
@@ -88,12 +98,12 @@ class Asked:
     ) -> Responses:
         """The first `keep` tokens of each row, (R,), and what is drawn behind them, up to `limit` tokens or the end.
 
-        rows: (R, width), with log-probs, of which none has to have ended in what is kept.
-        Returns (R, width); the log-probs are those of what each token was drawn from.
+        rows: (R, N), with log-probs, of which none has to have ended in what is kept; N tokens at most there will be.
+        Returns (R, N); the log-probs are those of what each token was drawn from.
         """
         kept = _cut(rows, keep, self.pad_id)
         ids, mask = self._read(prompts, kept)
-        room = int(self.width - keep.min())
+        room = int(rows.ids.shape[1] - keep.min())
         new = self.engine.generate(
             ids, mask, (sampling or self.sampling).drawing(), eos_ids=self.eos_ids, pad_id=self.pad_id,
             generator=self.generator, is_over=self.is_over, begun=kept, limit=min(limit or room, room),

@@ -3,17 +3,18 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from hybrid.core import Batch, Encoded, InputError, Rollout, by_length, enough_memory, extents, used_columns
+from hybrid.distributed import ALONE, World
 from hybrid.functional import kl_estimate, masked_sum, masked_whiten, token_reward
 from hybrid.models import Backbone, Policy, Reference, before_response, response_stats
 from hybrid.rewards import AllSkipped, Reward, RewardOutput
 from hybrid.rollout.actor import Answered
-from hybrid.rollout.decoder import Decoder
 from hybrid.rollout.engine import Engine
 from hybrid.rollout.gap import check_sampling_gap
 from hybrid.rollout.judge import judged
@@ -90,16 +91,17 @@ def collect(
     sampling = sampling or SamplingConfig()
     asked = batch.examples if isinstance(batch, Batch) else tuple(batch)
     examples = [example for example in asked for _ in range(samples_per_prompt)]
+    engine = engine or TorchEngine(policy)
     start = time.perf_counter()
     for backbone in _backbones(policy, references):
         backbone.fit_vocabulary(tokenizer)
     with enough_memory("sampling", "Lower ppo.batch_size or sampling.max_new_tokens, or set model.precision=bfloat16"):
         prompt_ids, prompt_mask, responses, *_ = answered or respond(
-            engine or TorchEngine(policy), asked, tokenizer=tokenizer, sampling=sampling, generator=generator,
+            engine, asked, tokenizer=tokenizer, sampling=sampling, generator=generator,
             samples_per_prompt=samples_per_prompt, reward=reward,
         )  # fmt: skip
     generated = time.perf_counter()
-    texts, scores = judged(reward, examples, responses, tokenizer, sampling)
+    texts, scores = engine.world.once(lambda: judged(reward, examples, responses, tokenizer, sampling))
     kept = _rows_with_a_score(scores, reward)
     scored = time.perf_counter()
     with enough_memory("scoring a rollout", "Lower ppo.microbatch_size, or ppo.minibatch_size where that is not set"):
@@ -108,7 +110,9 @@ def collect(
             # Of a greedy response there is no distribution: its log-probs are the model's own.
             temperature=sampling.temperature or 1.0,
             group=torch.tensor([i // samples_per_prompt for i in kept], device=prompt_ids.device),
-            decoder=sampling.search,
+            decoder=sampling.search.name,
+            window=sampling.search.policy_window,
+            world=engine.world,
             **options,
         )  # fmt: skip
     if not allow_gap:
@@ -152,15 +156,17 @@ def assemble(
     minibatch_size: int | None = None,
     microbatch_size: int | None = None,
     group: Tensor | None = None,
-    decoder: Decoder | None = None,
+    decoder: str = "sample",
+    window: int | None = None,
+    world: World = ALONE,
 ) -> Rollout:
     """The rollout of responses that are already there: old log-probs, values, reference log-probs, KL, rewards.
 
     prompt_ids, prompt_mask: (B, P), left-padded.   scores: (B,), or (B, T) for a score per token.
     group: (B,) int64, equal where the rows answer the same prompt; None: where their prompts have the same tokens.
-    decoder: what found the responses, whose window the log-probs have; None: they were drawn.
+    decoder: what found the responses.   window: the tokens that it lets the policy see, in all log-probs; None: all.
+    world: whose processes share the rows; all of them have the whole rollout.
     """
-    window = None if decoder is None else decoder.policy_window
     policy.eval()
     input_ids = torch.cat([prompt_ids, responses.ids], 1)
     attention_mask = torch.cat([prompt_mask.bool(), responses.mask], 1)
@@ -170,18 +176,21 @@ def assemble(
     if context is not None and longest > context:
         raise InputError(f"a prompt with its response has {longest} tokens, the model's context is {context}")
     used, (prompt, total) = extents(attention_mask, responses.mask), (prompt_ids.shape[1], input_ids.shape[1])
-    groups = _forwards(used, minibatch_size, microbatch_size)
-    parts = []
-    for rows in groups:
+
+    def scored(rows: Tensor) -> dict[str, Tensor]:
         # What only padding is in goes through no forward.
         start, end = used_columns(used[:, rows], prompt)
         columns = input_ids[rows, start:end], attention_mask[rows, start:end], responses.mask[rows, : end - prompt]
-        scored = _scored(policy, references, *columns, temperature, kl_kind, window)
-        parts.append({name: nn.functional.pad(x, (0, total - end)) for name, x in scored.items()})
-    back = torch.cat(groups).argsort().to(input_ids.device)
+        found = _scored(policy, references, *columns, temperature, kl_kind, window)
+        return {name: nn.functional.pad(x, (0, total - end)) for name, x in found.items()}
+
+    forwards = _forwards(used, minibatch_size, microbatch_size, world)
+    parts = list(chain(*world.each(lambda: [(rows, scored(rows)) for rows in forwards])))
+    back = torch.cat([rows for rows, _ in parts]).argsort().to(input_ids.device)
     # Each part's tensors end in (rows, T); references, where there are any, stand in front.
     stats: dict[str, Any] = {
-        name: torch.cat([part[name] for part in parts], -2).index_select(-2, back) for name in parts[0]
+        name: torch.cat([part[name] for _, part in parts], -2).to(input_ids.device).index_select(-2, back)
+        for name in parts[0][1]
     }
     scores = scores.to(input_ids.device)
     reward = token_reward(
@@ -201,16 +210,17 @@ def assemble(
         temperature=temperature,
         group=prompt_groups(prompt_ids, prompt_mask) if group is None else group,
         sampling_logprob=responses.logprob,
-        decoder="sample" if decoder is None else decoder.name,
+        decoder=decoder,
         window=window,
         **stats,
     )
 
 
-def _forwards(extents: Tensor, minibatch_size: int | None, microbatch_size: int | None) -> list[Tensor]:
-    """The rows of each forward, as the first epoch's updates group them."""
+def _forwards(extents: Tensor, minibatch_size: int | None, microbatch_size: int | None, world: World) -> list[Tensor]:
+    """The rows of each forward of this process, as the first epoch's updates group them."""
     chunks = torch.arange(extents.shape[1]).split(minibatch_size or microbatch_size or extents.shape[1])
-    return [chunk[group] for chunk in chunks for group in by_length(extents[:, chunk], microbatch_size)]
+    own = [share for chunk in chunks if len(share := chunk[world.share(len(chunk))])]
+    return [rows[group] for rows in own for group in by_length(extents[:, rows], microbatch_size)]
 
 
 def _backbones(policy: Policy, references: Sequence[Reference]) -> list[Backbone]:

@@ -5,7 +5,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from hybrid.core import InputError, Registry, build
+from torch import Tensor
+
+from hybrid.core import Batch, InputError, Registry, build, check_settings
+from hybrid.models import Policy
 from hybrid.rewards import Reward, make_reward
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ class Decoder(ABC):
 
     name: ClassVar[str] = ""  # the one that it is registered by
     is_policy: ClassVar[bool] = False  # each token is drawn from a distribution that training computes: PPO may learn
+    of_one_policy: ClassVar[bool] = False  # what it was made with is of one policy's weights: no run may train them
 
     @abstractmethod
     def answers(self, asked: "Asked") -> "Responses":
@@ -59,6 +63,16 @@ class Decoder(ABC):
 
     def check_context(self, context: int | None) -> None:  # noqa: B027 - most go with all
         """Refuse (InputError) to work with a model of so many tokens; None: not known."""
+
+    def check_tokenizer(self, tokenizer: Any) -> None:  # noqa: B027
+        """Refuse (InputError) to work with another tokenizer than it was made for."""
+
+    def check_policy(self, policy: Policy) -> None:  # noqa: B027
+        """Refuse (InputError) to work with another policy than it was made for."""
+
+    def batch_logprob(self, policy: Policy, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        """`Policy.batch_logprob` under what it draws from at temperature 1; None: that is the policy, or not known."""
+        return None
 
     @property
     def own_reward(self) -> Reward | None:
@@ -134,7 +148,9 @@ def make_decoder(spec: Any) -> Decoder:
         raise InputError(f"sampling.decoder must be a mapping with a type, or a Decoder, got {spec!r:.60}")
     settings = {key: value for key, value in spec.items() if key != "type"}
     name = spec.get("type", "sample")
-    decoder: Decoder = build(_decoders[name], settings, what=f"decoder {name!r}", path="sampling.decoder")
+    what, path = f"decoder {name!r}", "sampling.decoder"
+    check_settings(_decoders[name], settings, what=what, path=path, also=["type"])
+    decoder: Decoder = build(_decoders[name], settings, what=what, path=path)
     decoder.own_reward  # noqa: B018 - a bad spec is refused here; nothing is loaded before its first score
     return decoder
 

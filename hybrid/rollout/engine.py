@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from hybrid.core import InputError, unknown_name
+from hybrid.distributed import ALONE, World
 from hybrid.models import Backbone, Policy
 from hybrid.rollout.responses import Responses
 from hybrid.rollout.sampling import SamplingConfig
+from hybrid.rollout.steps import Speaker
 
 __all__ = ["Engine", "EngineName", "RolloutConfig"]
 
@@ -59,6 +61,15 @@ class RolloutConfig:
         """Whether tokens are drawn from another distribution than the one that is trained: by rounding, or age."""
         return self.engine != "torch" or self.staleness > 0
 
+    def check_ahead(self, sampling: SamplingConfig, memory: Mapping[str, Any]) -> None:
+        """Refuse (InputError) what no rollout can be drawn ahead with."""
+        if self.staleness and not sampling.search.is_policy:
+            raise InputError(
+                f"rollout.staleness corrects for log-probs, which decoder {sampling.search.name!r} has not: set it to 0"
+            )
+        if self.staleness and memory:
+            raise InputError("rollout.staleness does not go with memory, whose choice waits for the last rollout")
+
     def check_sampling(self, sampling: SamplingConfig) -> None:
         """Refuse (InputError) a way of drawing that the engine has not."""
         if self.engine != "vllm":
@@ -78,8 +89,8 @@ class RolloutConfig:
 class Engine(ABC):
     """Draws responses from a policy, as it is at every call. Owns what makes it fast, made at first use."""
 
-    def __init__(self, policy: Policy, config: RolloutConfig | None = None):
-        self.policy, self.config = policy, config or RolloutConfig()
+    def __init__(self, policy: Policy, config: RolloutConfig | None = None, world: World = ALONE):
+        self.policy, self.config, self.world = policy, config or RolloutConfig(), world
 
     @abstractmethod
     def generate(
@@ -95,8 +106,12 @@ class Engine(ABC):
         is_over: Callable[[Sequence[int]], bool] | None = None,
         begun: Responses | None = None,
         limit: int | None = None,
+        through: Callable[[Backbone], Speaker] | None = None,
     ) -> Responses:
-        """`repeats` responses to each prompt, without dropout, which stand together; all as in `sample`."""
+        """`repeats` responses to each prompt, without dropout, which stand together; all as in `sample`.
+
+        through: makes of the backbone what speaks in its place.
+        """
 
     def backbone(self) -> Backbone:
         """What decoders read that look at the policy's own forward."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hybrid.core import Encoded
+from hybrid.distributed import ALONE, World
 from hybrid.rewards import Reward, RewardOutput
 from hybrid.rollout.responses import Responses
 from hybrid.rollout.sampling import SamplingConfig
@@ -18,17 +19,20 @@ __all__ = ["Judge", "judged", "response_texts"]
 class Judge:
     """A reward's word on candidates, whole responses or their beginnings, which leaves its state as it was."""
 
-    def __init__(self, reward: Reward, tokenizer: Any, sampling: SamplingConfig):
-        self.reward, self.tokenizer, self.sampling = reward, tokenizer, sampling
+    def __init__(self, reward: Reward, tokenizer: Any, sampling: SamplingConfig, world: World = ALONE):
+        self.reward, self.tokenizer, self.sampling, self.world = reward, tokenizer, sampling, world
 
     def __call__(self, examples: Sequence[Encoded], candidates: Responses) -> Tensor:
         """(B,) float64, of each candidate for its example; -inf where the reward skips it."""
+        scores = self.world.once(lambda: self._scores(examples, candidates))
+        return torch.tensor(scores, dtype=torch.float64).nan_to_num(nan=-torch.inf)
+
+    def _scores(self, examples: Sequence[Encoded], candidates: Responses) -> RewardOutput:
         state = self.reward.state_dict()
         try:
-            _, scores = judged(self.reward, examples, candidates, self.tokenizer, self.sampling)
+            return judged(self.reward, examples, candidates, self.tokenizer, self.sampling)[1]
         finally:
             self.reward.load_state_dict(state)
-        return torch.tensor(scores, dtype=torch.float64).nan_to_num(nan=-torch.inf)
 
 
 def judged(

@@ -48,6 +48,8 @@ def respond(
     engine.config.check_sampling(sampling)
     decoder.check_reward(reward)
     decoder.check_context(backbone.context_length)
+    decoder.check_tokenizer(tokenizer)
+    decoder.check_policy(engine.policy)
     judge = decoder.own_reward or reward
     prompt_ids, prompt_mask = left_pad([e.prompt_ids for e in examples], pad_id=pad_id)
     sampling.check_room(int(prompt_mask.sum(1).max()), backbone.context_length)
@@ -56,7 +58,7 @@ def respond(
         engine, prompt_ids, prompt_mask.bool(), tuple(examples), sampling,
         eos_ids=tuple(backbone.eos_ids(tokenizer)), pad_id=pad_id, repeats=samples_per_prompt, generator=generator,
         is_over=stop_rule(tokenizer, sampling.stop),
-        judge=None if judge is None else Judge(judge, tokenizer, sampling),
+        judge=None if judge is None else Judge(judge, tokenizer, sampling, engine.world),
     )  # fmt: skip
     engine.policy.eval()
     with torch.no_grad():

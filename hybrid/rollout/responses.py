@@ -53,7 +53,7 @@ class Responses:
         """The ids of each, without padding."""
         return [ids[:length] for ids, length in zip(self.ids.tolist(), self.lengths.tolist(), strict=True)]
 
-    def of(self, rows: Sequence[int] | Tensor) -> "Responses":
+    def of(self, rows: Sequence[int] | Tensor | slice) -> "Responses":
         """Some of the rows."""
         logprob = None if self.logprob is None else self.logprob[rows]
         return replace(self, ids=self.ids[rows], mask=self.mask[rows], ended=self.ended[rows], logprob=logprob)
@@ -81,6 +81,12 @@ class Responses:
             torch.cat([part.ended for part in parts]),
             torch.cat(logprobs) if len(logprobs) == len(parts) else None,
         )
+
+    @classmethod
+    def widest(cls, parts: Sequence["Responses"], *, pad_id: int) -> "Responses":
+        """All rows of several, in the width of the widest."""
+        width = max(part.ids.shape[1] for part in parts)
+        return cls.joined([part.widened(width, pad_id=pad_id) for part in parts])
 
     def put(self, rows: Tensor, others: "Responses") -> "Responses":
         """The same with others at these rows, (n,) int64; all of one width."""

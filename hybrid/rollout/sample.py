@@ -10,7 +10,7 @@ from hybrid.core import RunStopped
 from hybrid.models import Backbone
 from hybrid.rollout.responses import Responses
 from hybrid.rollout.sampling import SamplingConfig
-from hybrid.rollout.steps import Decoding, EagerSteps, Ends, FixedSteps, Graphs, Steps
+from hybrid.rollout.steps import Decoding, EagerSteps, Ends, FixedSteps, Graphs, Speaker, Steps
 
 __all__ = ["decoded", "sample"]
 
@@ -20,7 +20,7 @@ LOOK_EVERY = 8
 
 @torch.no_grad()
 def sample(
-    backbone: Backbone,
+    backbone: Speaker,
     prompt_ids: Tensor,
     prompt_mask: Tensor,
     config: SamplingConfig,
@@ -29,6 +29,7 @@ def sample(
     pad_id: int = 0,
     repeats: int = 1,
     generator: torch.Generator | None = None,
+    uniform: Tensor | None = None,
     is_over: Callable[[Sequence[int]], bool] | None = None,
     graphs: Graphs | None = None,
     begun: Responses | None = None,
@@ -41,8 +42,10 @@ def sample(
         by what happened, never by comparing ids with it.
     generator: on the backbone's device; None draws from torch's global one. As many numbers are taken from it as the
         responses can need, however soon they end.
+    uniform: these numbers, (max_new_tokens, B * repeats), where they are drawn already.
     is_over: whether a response ends with the last of its ids so far (`stop_rule`), beside those that EOS ends.
-    graphs: decode by steps of fixed shape, which it keeps; None: by a cache that grows. The same numbers to rounding.
+    graphs: decode by steps of fixed shape, which it keeps, where a `Backbone` speaks; None: by a cache that grows. The
+        same numbers to rounding.
     begun: what each prompt's last tokens are of its response, which is gone on with; what is returned comes after that.
     limit: draw no more tokens than this; None: `config.max_new_tokens`.
     The caller switches dropout off (`policy.eval()`).
@@ -53,13 +56,14 @@ def sample(
     logits, cache = backbone.next_logits(prompt_ids, prompt_mask.bool())
     logits = logits.repeat_interleave(repeats, 0)
     steps: EagerSteps | FixedSteps | None = None
-    if graphs is not None:
+    if graphs is not None and isinstance(backbone, Backbone):
         steps = graphs.steps(backbone, config, cache, seen, repeats, num_rows, ends)
     if steps is None:
         cache = _for_rows(backbone, prompt_ids, prompt_mask, cache, seen + config.max_new_tokens, repeats)
         state = Decoding(config, ends, num_rows, seen + config.max_new_tokens, prompt_ids.device)
         steps = EagerSteps(backbone, state, cache, seen)
-    steps.state.begin(prompt_mask.repeat_interleave(repeats, 0), generator, None if begun is None else begun.lengths)
+    lengths = None if begun is None else begun.lengths
+    steps.state.begin(prompt_mask.repeat_interleave(repeats, 0), generator, lengths, uniform)
     return decoded(steps, logits, is_over=is_over, begun=begun, limit=limit)
 
 
@@ -93,7 +97,7 @@ def decoded(
     return Responses(ids, mask, ~state.running, logprob)
 
 
-def _for_rows(backbone: Backbone, prompt_ids: Tensor, prompt_mask: Tensor, cache: Any, room: int, repeats: int) -> Any:
+def _for_rows(backbone: Speaker, prompt_ids: Tensor, prompt_mask: Tensor, cache: Any, room: int, repeats: int) -> Any:
     """The prompts' cache with room for what comes, each prompt `repeats` times."""
     from hybrid.models.cache import growing_cache  # here: it loads transformers
 

@@ -14,7 +14,7 @@ from hybrid.models import Backbone, takes_fixed_cache
 from hybrid.rollout.draw import draw
 from hybrid.rollout.sampling import SamplingConfig
 
-__all__ = ["Decoding", "EagerSteps", "Ends", "FixedSteps", "Graphs", "Steps"]
+__all__ = ["Decoding", "EagerSteps", "Ends", "FixedSteps", "Graphs", "Speaker", "Steps", "uniforms"]
 
 # A captured graph serves all prompts whose tokens and responses fit into its room, a multiple of this.
 BUCKET = 64
@@ -34,6 +34,7 @@ class Decoding:
     last.   position_ids: (B, 1), theirs.   count: (), how many came.
     ids, taken, logprob: (B, N), as in `Responses`.   running: (B,), whether a row goes on.
     begun: (B, 1), tokens that a response had before.
+    last_position: (B, 1), that of the last token that a response has room for; what is drawn past it stays there.
     broken_at: (), the first token whose logits were not finite; N: none.
     """
 
@@ -43,6 +44,7 @@ class Decoding:
         self.mask = torch.ones(num_rows, room, dtype=torch.bool, device=device)
         self.new = torch.zeros(num_rows, 1, dtype=torch.long, device=device)
         self.position_ids = torch.zeros_like(self.new)
+        self.last_position = torch.zeros_like(self.new)
         self.count = torch.zeros((), dtype=torch.long, device=device)
         self.broken_at = torch.zeros_like(self.count)
         self.begun = torch.zeros_like(self.new)
@@ -50,24 +52,33 @@ class Decoding:
         self.taken = torch.zeros_like(self.ids, dtype=torch.bool)
         self.logprob = torch.zeros(num_rows, length, device=device)
         self.running = torch.ones(num_rows, dtype=torch.bool, device=device)
-        exact = torch.float32 if device.type == "mps" else torch.float64  # it has no other
-        self.uniform = torch.zeros(length, num_rows, dtype=exact, device=device)
+        self.uniform = torch.zeros(length, num_rows, dtype=_exact(device), device=device)
 
-    def begin(self, prompt_mask: Tensor, generator: torch.Generator | None, begun: Tensor | None = None) -> None:
+    def begin(
+        self,
+        prompt_mask: Tensor,
+        generator: torch.Generator | None,
+        begun: Tensor | None = None,
+        uniform: Tensor | None = None,
+    ) -> None:
         """Start anew behind prompts, (B, P), with all the random numbers that their responses can need.
 
+        uniform: (N, B) these numbers; None: from the generator.
         begun: (B,), how many tokens of a response stand at the prompt's end already; None: none.
         """
         self.mask.fill_(True)[:, : prompt_mask.shape[1]] = prompt_mask
         self.position_ids.copy_(prompt_mask.sum(1, keepdim=True) - 1)
         self.count.zero_()
         self.begun.zero_() if begun is None else self.begun.copy_(begun.unsqueeze(1))
+        self.last_position.copy_(self.position_ids + self.how.max_new_tokens - self.begun)
         self.broken_at.fill_(self.how.max_new_tokens)
         self.ids.fill_(self.pad_id)
         self.taken.zero_()
         self.logprob.zero_()
         self.running.fill_(True)
-        if self.how.temperature:
+        if uniform is not None:
+            self.uniform.copy_(uniform)
+        elif self.how.temperature:
             torch.rand(self.uniform.shape, generator=generator, out=self.uniform)
 
     def take(self, logits: Tensor) -> None:
@@ -91,8 +102,18 @@ class Decoding:
         self.logprob.index_copy_(1, at, torch.where(self.running, logprob, 0.0).unsqueeze(1))
         self.running &= ~(token.unsqueeze(1) == self.eos).any(1)
         self.new.copy_(token.unsqueeze(1))
-        self.position_ids += 1
+        torch.minimum(self.position_ids + 1, self.last_position, out=self.position_ids)
         self.count += 1
+
+
+def uniforms(how: SamplingConfig, num_rows: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """(N, num_rows): all the random numbers that so many responses can need, as `Decoding.begin` draws them."""
+    drawn = torch.zeros(how.max_new_tokens, num_rows, dtype=_exact(device), device=device)
+    return torch.rand(drawn.shape, generator=generator, out=drawn) if how.temperature else drawn
+
+
+def _exact(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # it has no other
 
 
 class Steps(Protocol):
@@ -103,10 +124,18 @@ class Steps(Protocol):
     def __call__(self) -> None: ...
 
 
+class Speaker(Protocol):
+    """What says the logits of the next token, as a `Backbone` does."""
+
+    def next_logits(
+        self, input_ids: Tensor, attention_mask: Tensor, cache: Any = None, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, Any]: ...
+
+
 class EagerSteps:
     """A call is one token more, by a cache that grows."""
 
-    def __init__(self, backbone: Backbone, state: Decoding, cache: Any, seen: int):
+    def __init__(self, backbone: Speaker, state: Decoding, cache: Any, seen: int):
         self.backbone, self.state, self.cache, self.seen = backbone, state, cache, seen
 
     def __call__(self) -> None:

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from hybrid.core import InputError, RunStopped, first_line
 from hybrid.functional import autocast_dtype
-from hybrid.models import Policy, is_adapted, merged
+from hybrid.models import Backbone, Policy, is_adapted, merged
 from hybrid.rollout.engine import Engine, RolloutConfig
 from hybrid.rollout.responses import Responses
 from hybrid.rollout.sampling import SamplingConfig
+from hybrid.rollout.steps import Speaker
 
 __all__ = ["VLLMEngine", "check_model"]
 
@@ -63,10 +64,11 @@ class VLLMEngine(Engine):
         is_over: Callable[[Sequence[int]], bool] | None = None,
         begun: Responses | None = None,
         limit: int | None = None,
+        through: Callable[[Backbone], Speaker] | None = None,
     ) -> Responses:
         """Raises RunStopped where vLLM fails, or draws what has no log-prob."""
-        if begun is not None:
-            raise InputError("rollout.engine=vllm cannot go on with the beginning of a response: take engine torch")
+        if begun is not None or through is not None:
+            raise InputError("rollout.engine=vllm only draws whole responses of the model itself: take engine torch")
         num_rows, device = len(prompt_ids) * repeats, prompt_ids.device
         place = "cpu" if generator is None else generator.device
         seeds = torch.randint(2**62, (num_rows,), generator=generator, device=place).tolist()
@@ -102,12 +104,6 @@ class VLLMEngine(Engine):
 
     def _started(self) -> Any:
         """A `vllm.LLM` of the policy's shape, with weights that mean nothing yet."""
-        if (
-            torch.distributed.is_available()
-            and torch.distributed.is_initialized()
-            and torch.distributed.get_world_size() > 1
-        ):
-            raise InputError("rollout.engine=vllm goes with one process: take rollout.engine=torch with several")
         model = self.policy.backbone.model
         dtype = autocast_dtype(self.policy.device) or self.policy.backbone.head_weight.dtype
         shape = copy.deepcopy(model.config)

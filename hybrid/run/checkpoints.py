@@ -25,6 +25,9 @@ PACKAGES = ("torch", "transformers", "hybrid-trainer")
 # What file managers leave in folders that they show, beside hidden files.
 LITTER = {"Thumbs.db", "desktop.ini", "Icon\r", "__MACOSX"}
 
+# A hidden file that belongs to a checkpoint: torch's table of what is in which shard.
+SHARDED = ".metadata"
+
 # step-40 is a checkpoint; .step-40-WORD is on its way in or out, and no other name is ours.
 _NAME = re.compile(r"step-(0|[1-9]\d*)")
 _HIDDEN = re.compile(r"\.step-(0|[1-9]\d*)-(.+)")
@@ -259,7 +262,7 @@ def _files(folder: Path) -> dict[str, Path]:
     """The files of a checkpoint by name, without its manifest and what file managers leave lying about."""
     files = {}
     for path in sorted(folder.rglob("*")):
-        if path.name.startswith(".") or path.name in LITTER:
+        if (path.name.startswith(".") and path.name != SHARDED) or path.name in LITTER:
             continue
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise InputError(f"{str(path)!r} is not a plain file: a checkpoint holds no other")

@@ -1,5 +1,7 @@
 """How a registry finds what other packages add, and what it says of what it does not find."""
 
+import sys
+
 import pytest
 
 from hybrid.core import InputError, Registry
@@ -7,14 +9,34 @@ from hybrid.mixing import make_strategy
 from hybrid.objectives import objective_class
 
 
-def test_an_entry_point_is_found_by_its_name(tmp_path, monkeypatch):
-    info = tmp_path / "own_things-1.0.dist-info"
+def install(folder, monkeypatch, module, code, entry):
+    info = folder / f"{module}-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: own-things\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[hybrid.thing]\nmodest = own_things:Modest\n")
-    (tmp_path / "own_things.py").write_text("class Modest: ...\n")
-    monkeypatch.syspath_prepend(tmp_path)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[hybrid.thing]\n{entry}\n")
+    (folder / f"{module}.py").write_text(code)
+    monkeypatch.syspath_prepend(folder)
+
+
+def test_an_entry_point_is_found_by_its_name(tmp_path, monkeypatch):
+    install(tmp_path, monkeypatch, "own_things", "class Modest: ...\n", "modest = own_things:Modest")
     assert Registry("thing")["Modest"].__module__ == "own_things"
+
+
+def test_an_entry_point_may_name_the_module_that_registers(tmp_path, monkeypatch):
+    things = Registry("thing")
+    monkeypatch.setattr(sys, "things", things, raising=False)
+    code = "import sys\n@sys.things.register('modest')\nclass Modest: ...\n"
+    install(tmp_path, monkeypatch, "more_things", code, "modest = more_things")
+    assert things["modest"].__name__ == "Modest"
+
+
+def test_an_entry_point_that_leads_to_nothing_is_told(tmp_path, monkeypatch):
+    install(tmp_path, monkeypatch, "no_things", "", "modest = no_things")
+    with pytest.raises(
+        InputError, match=r"'modest' of the group 'hybrid\.thing' leads to 'no_things', which is no class"
+    ):
+        Registry("thing")["modest"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The experience of a run: what is kept of each prompt, and which prompts come again."""
 
 import json
+import math
 import random
 from collections import Counter
 
@@ -155,7 +156,11 @@ def test_its_state_as_json_makes_it_again(settings):
         ({"thresholds": [0.5]}, r"memory\.thresholds must be two numbers"),
         ({"choose": "class"}, r"memory\.choose must be one of 'classes', 'learnability', 'due', got 'class'"),
         ({"chose": "due"}, r"memory\.chose: unknown parameter of memory 'experience': 'chose'; did you mean 'choose'"),
+        ({"shares": {"easy": math.nan}}, r"memory\.shares must be at least 0 and add up to 1"),
+        ({"shares": {}}, r"memory\.shares must be at least 0 and add up to 1"),
         ({"interval": 0}, r"memory\.interval must be > 0 steps"),
+        ({"interval": math.inf}, r"memory\.interval must be > 0 steps and finite, got inf"),
+        ({"success": math.nan}, r"memory\.success must be a finite score, got nan"),
         ({"uniform": 1.5}, r"memory\.uniform must lie in \[0, 1\]"),
         ({"staleness": -1}, r"memory\.staleness must be at least 0"),
     ],

@@ -132,6 +132,17 @@ def test_an_empty_or_unknown_state_is_told_by_name():
     memory.add("alpha", "", 1.0)
     with pytest.raises(InputError, match="unknown state of the chain 'alpho'; did you mean 'alpha'"):
         memory.next_state("alpho")
+    with pytest.raises(InputError, match="unknown state of the chain 'alpho'; did you mean 'alpha'"):
+        memory.transition_probabilities(["alpha", "alpho"])
+    assert memory.transition_probabilities([]).shape == (0, 1)
+
+
+@pytest.mark.parametrize("reward", [math.nan, math.inf])
+def test_a_reward_that_is_not_finite_is_refused_and_leaves_no_trace(reward):
+    memory = MarkovMemory()
+    with pytest.raises(InputError, match=f"the reward of a visit must be finite, got {reward}"):
+        memory.add("alpha", "", reward)
+    assert memory.states == {}
 
 
 @pytest.mark.parametrize(
@@ -166,6 +177,20 @@ def test_a_rollout_follows_the_chain_from_where_the_last_one_ended():
     memory = told(attached(smoothing=0.0), {3: [1.0], 7: [1.0], 5: [1.0]})
     memory.last = next(iter(memory.states))
     assert texts(memory.pick(examples(12)[:2], 2)) == ["p7", "p5"]
+
+
+def test_a_walk_never_leaves_the_runs_own_prompts():
+    memory = attached(smoothing=0.0, temperature=0.01)
+    # In another run 3 led to what this one does not have, and that to 9.
+    own = next(key for key, e in memory.pool.items() if e[0].prompt == "p3")
+    other = next(key for key, e in memory.pool.items() if e[0].prompt == "p9")
+    for state in (own, "elsewhere", other):
+        memory.add(state, "", 1.0)
+    memory.update()
+    memory.last = own
+    firsts = Counter(texts(memory.pick(examples(12)[:1], step))[0] for step in range(300))
+    # Of the others none is worth more than another to 3.
+    assert len(firsts) == 12 and firsts["p9"] < 75
 
 
 def test_it_goes_anywhere_with_the_probability_of_smoothing_and_never_twice_to_a_prompt():

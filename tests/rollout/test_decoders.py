@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny import tiny_policy
 from toy import EOS, TableJudge, ToyPolicy, exact_logprob, random_table, sequences, shares, total_variation, toy_asked
 
 from hybrid.core import InputError
@@ -31,10 +32,10 @@ def large_parts(monkeypatch):
     monkeypatch.setattr(asked, "ROWS", 10**7)
 
 
-def answers(spec, policy=None, *, judge=JUDGE, repeats=MANY, seed=0, **sampling):
+def answers(spec, policy=None, *, prompt=PROMPT, judge=JUDGE, repeats=MANY, seed=0, **sampling):
     policy = ToyPolicy(TABLE) if policy is None else policy
     question = toy_asked(
-        policy, PROMPT, judge=judge, repeats=repeats, seed=seed, **{"max_new_tokens": LENGTH, **sampling}
+        policy, prompt, judge=judge, repeats=repeats, seed=seed, **{"max_new_tokens": LENGTH, **sampling}
     )
     with torch.no_grad():
         return make_decoder(spec).answers(question)
@@ -62,6 +63,10 @@ TILTED, POWER = target(LOG_P + REWARD / 0.5), target(3 * LOG_P)
             POWER,
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            {"type": "mcmc", "target": "tilted", "beta": 0.5, "steps": 25, "block": 1}, TILTED, marks=pytest.mark.slow
+        ),
+        pytest.param({"type": "mcmc", "alpha": 3.0, "steps": 25, "block": 2}, POWER, marks=pytest.mark.slow),
         pytest.param({"type": "smc", "target": "tilted", "beta": 0.5, "n": 32}, TILTED, marks=pytest.mark.slow),
         pytest.param({"type": "smc", "target": "power", "alpha": 3.0, "n": 32}, POWER, marks=pytest.mark.slow),
         ({"type": "best_of_n", "n": 4}, None),
@@ -75,6 +80,15 @@ def test_a_decoder_reaches_the_distribution_that_it_claims(spec, expected):
     assert total_variation(found, expected) < LIMIT
     # What a decoder that does nothing would give is far from it.
     assert total_variation(LOG_P.exp(), expected) > 5 * LIMIT
+
+
+def test_block_by_block_a_chain_arrives_in_fewer_steps():
+    spec = {"type": "mcmc", "target": "power", "alpha": 3.0, "steps": 2, "proposal_temperature": 1.0}
+    whole, blocks = (shares(answers({**spec, "block": block}, repeats=FEW), ALL) for block in (0, 1))
+    assert total_variation(blocks, POWER) < 0.8 * total_variation(whole, POWER)
+    # A block that holds everything is none.
+    again = shares(answers({**spec, "block": LENGTH}, repeats=FEW), ALL)
+    assert torch.equal(again, whole)
 
 
 @pytest.mark.slow
@@ -340,12 +354,15 @@ def test_a_response_is_never_shorter_than_min_new_tokens(kind):
         ({"type": "best_of_n", "n": 1}, "sampling.decoder.n must be at least 2, got 1"),
         ({"type": "reward_guided", "block": 0}, "sampling.decoder.block must be at least 1"),
         ({"type": "mcmc", "steps": 0}, "sampling.decoder.steps must be at least 1, got 0"),
+        ({"type": "mcmc", "block": -1}, "sampling.decoder.block must be at least 0, got -1"),
         ({"type": "mcmc", "alpha": 0.0}, "sampling.decoder.alpha must be > 0"),
         ({"type": "smc", "threshold": 2.0}, r"sampling.decoder.threshold must lie in \[0, 1\]"),
         ({"type": "ppo_mcts", "simulations": 0}, "sampling.decoder.simulations must be at least 1"),
         ({"type": "value_guided", "width": 5000}, "must be at most 4096 candidates"),
         ({"type": "markov"}, "sampling.decoder.window is missing"),
         ({"type": "markov", "window": 0}, "sampling.decoder.window must be at least 1"),
+        ({"type": "smc", "target": "power", "by": "value"}, "by means nothing with target 'power'"),
+        ({"typ": "best_of_n"}, "sampling.decoder.typ: unknown parameter.*did you mean 'type'"),
         ({"type": "best_of_m"}, "best_of_n"),
         ({"type": "mcmc", "step": 3}, "steps"),
         ({"type": "mcmc", "reward": {"type": "length_window", "max": 9}}, "reward means nothing"),
@@ -362,3 +379,13 @@ def test_bad_input_is_refused_by_name(spec, said):
 def test_what_needs_chance_refuses_temperature_0(kind):
     with pytest.raises(InputError, match=f"{kind}.*temperature > 0"):
         SamplingConfig(decoder={"type": kind}, temperature=0.0)
+
+
+def test_what_is_proposed_never_leaves_the_models_context():
+    policy, prompt = tiny_policy("gpt2").eval(), tuple(range(3, 63))
+    context = policy.backbone.context_length
+    room = context - len(prompt)
+    # Chains that are cut in unlike places are drawn side by side, and a position past the last is an IndexError.
+    whole = {"max_new_tokens": room, "min_new_tokens": room}
+    found = answers({"type": "mcmc", "steps": 4}, policy, prompt=prompt, judge=None, repeats=8, **whole)
+    assert found.lengths.tolist() == [room] * 8

@@ -209,7 +209,7 @@ def test_what_vllm_cannot_do_is_refused_by_name(fake, tokenizer):
             VLLMEngine(policy, config), [example], tokenizer=tokenizer,
             sampling=SamplingConfig(decoder={"type": "best_of_n", "by": "value"}),
         )  # fmt: skip
-    with pytest.raises(InputError, match="beginning of a response"):
+    with pytest.raises(InputError, match="only draws whole responses"):
         drawn(VLLMEngine(policy, config), begun=drawn(TorchEngine(policy)))
     with pytest.raises(InputError, match=r"rollout.vllm.logprobs_mode cannot be set"):
         RolloutConfig(engine="vllm", vllm={"logprobs_mode": "raw_logits"})

@@ -45,6 +45,8 @@ class RecurrentConfig(PreTrainedConfig):
             raise ValueError(f"RecurrentConfig.cell must be one of {', '.join(CELLS)}, got {cell!r}")
         if not 0 <= dropout < 1:
             raise ValueError(f"RecurrentConfig.dropout must lie in [0, 1), got {dropout}")
+        if not initializer_range > 0:
+            raise ValueError(f"RecurrentConfig.initializer_range must be > 0, got {initializer_range}")
         # A shift by one to either side meets itself where there are fewer.
         if memory_slots < 0 or 0 < memory_slots < 3:
             raise ValueError(f"RecurrentConfig.memory_slots must be 0 (no memory) or >= 3, got {memory_slots}")

@@ -1,11 +1,12 @@
 """A recurrent language model with random weights, in a folder that `model.name` can name."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hybrid.core import InputError, no_progress_bars
+from hybrid.core import InputError, check_settings, no_progress_bars
 
 __all__ = ["new"]
 
@@ -31,9 +32,9 @@ def new(folder: str | Path, tokenizer: Any, *, cell: str = "lstm", seed: int = 0
         raise InputError(f"{str(folder)!r} is there already; name a new folder")
     if isinstance(tokenizer, (str, Path)):
         tokenizer = AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=False)
-    known = RecurrentConfig().to_dict()
-    if unknown := sorted(sizes.keys() - known.keys()):
-        raise InputError(f"a recurrent model has no setting {unknown[0]!r}; see RecurrentConfig")
+    inherited = RecurrentConfig().to_dict().keys() - inspect.signature(RecurrentConfig).parameters.keys()
+    own = {name: size for name, size in sizes.items() if name not in inherited}
+    check_settings(RecurrentConfig, own, what="a recurrent model", path="new_recurrent")
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
         config = RecurrentConfig(cell=cell, **{"vocab_size": len(tokenizer), **ids, **sizes})

@@ -42,6 +42,8 @@ class SMC(JudgingDecoder):
 
     def __post_init__(self) -> None:
         self._reward_is_asked("target", "leave it out, or take 'tilted'")
+        if self.target == "power" and self.by == "value":
+            raise InputError("by means nothing with target 'power', which asks no value: leave it out")
         self._at_least(2, "n")
         self._at_least(1, "block")
         self._positive("alpha", "beta", "proposal_temperature")

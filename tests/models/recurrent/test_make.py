@@ -30,8 +30,13 @@ def test_the_seed_alone_says_what_the_weights_are(tokenizer, tmp_path):
 def test_what_cannot_be_made_is_refused(tokenizer, tmp_path):
     with pytest.raises(InputError, match="is there already"):
         new_recurrent(tmp_path, tokenizer)
-    with pytest.raises(InputError, match="no setting 'slots'"):
-        new_recurrent(tmp_path / "new", tokenizer, slots=4)
+    for settings, said in (
+        ({"memory_slot": 4}, "unknown parameter of a recurrent model: 'memory_slot'; did you mean 'memory_slots'"),
+        ({"hidden_size": 2.5}, "hidden_size must be int, got 2.5"),
+        ({"initializer_range": -1.0}, "initializer_range must be > 0, got -1.0"),
+    ):
+        with pytest.raises(InputError, match=said):
+            new_recurrent(tmp_path / "new", tokenizer, **settings)
     with pytest.raises(InputError, match="one of lstm, gru, got 'rnn'"):
         new_recurrent(tmp_path / "new", tokenizer, cell="rnn")
     assert not (tmp_path / "new").exists()

@@ -1,0 +1,150 @@
+"""Whole runs on several processes: what they leave behind, how they go on, and how they end."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from launched import FAULTY, LOADED, needs, python, sections, torchrun
+from test_resume import assert_equal_runs, config
+from whole_run import logged_rows
+
+from hybrid import HybridConfig, HybridTrainer
+from hybrid.run import CHECKPOINTS
+
+EVERY = {"every": 3, "keep_last": None}
+
+
+def written(stories, folder, name, **others):
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config(stories, folder, name, **others)))
+    return str(path)
+
+
+def train(*arguments, engine="ddp", count=2):
+    return python("-m", "hybrid", "train", *arguments, "--nproc", str(count), engine=engine)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def whole(stories, runs):
+    """The folder of a run on two processes that nobody disturbed, by its engine; it keeps all its checkpoints."""
+    made = {}
+
+    def of(engine):
+        needs(engine)
+        if engine not in made:
+            path = written(stories, runs, f"whole-{engine}", checkpoint=EVERY, **sections(engine))
+            made[engine] = train(path, engine=engine)
+        assert made[engine].returncode == 0, made[engine].stderr
+        return runs / f"whole-{engine}", made[engine]
+
+    return of
+
+
+@pytest.mark.slow
+def test_a_run_on_two_processes_is_the_run_of_one(stories, runs, whole):
+    folder, done = whole("ddp")
+    assert done.stdout.count("data: 9 training examples") == 1
+    assert "2 processes by ddp" in done.stdout
+    HybridTrainer(config=HybridConfig.from_file(written(stories, runs, "one", checkpoint=EVERY))).train()
+    one, many = logged_rows(runs / "one"), logged_rows(folder)
+    assert [row.keys() for row in one] == [row.keys() for row in many]
+    for before, after in zip(one, many, strict=True):
+        # Adam makes more of a rounding with every step.
+        near = 1e-5 if before["step"] <= 2 else 0.05
+        for name, x in before.items():
+            if isinstance(x, float) and "gap" not in name:
+                assert after[name] == pytest.approx(x, rel=near, abs=near), name
+    assert {path.name for path in folder.iterdir()} == {path.name for path in (runs / "one").iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "deepspeed-2", "deepspeed-3"])
+def test_a_run_that_failed_goes_on_as_the_one_that_did_not(stories, runs, whole, engine):
+    folder, _ = whole(engine)
+    cut = written(stories, runs, f"cut-{engine}", checkpoint=EVERY, **sections(engine))
+    failed = torchrun(2, FAULTY, cut, "raise", "1", "5", engine=engine)
+    assert failed.returncode != 0
+    assert "process 1 failed" in failed.stderr
+    assert "the data are cursed" in failed.stderr
+    again = train("--resume", str(runs / f"cut-{engine}"), engine=engine)
+    assert again.returncode == 0, again.stderr
+    assert_equal_runs(folder, runs / f"cut-{engine}")
+
+
+def state_of(checkpoint, runs, engine, count):
+    """What a run that goes on from a checkpoint, in a copy of its folder, begins with."""
+    run = runs / f"copy-{checkpoint.parents[1].name}"
+    if not run.exists():
+        (run / CHECKPOINTS).mkdir(parents=True)
+        shutil.copytree(checkpoint, run / CHECKPOINTS / checkpoint.name)
+        shutil.copy(checkpoint / "config.yaml", run)
+    file = runs / f"{run.name}-{engine}-{count}.pt"
+    named = sections(engine)["distributed"]
+    overrides = [f"distributed.{key}={value}" for key, value in named.items()]
+    launch = (lambda *arguments: python(*arguments)) if count == 1 else (lambda *a: torchrun(count, *a, engine=engine))
+    done = launch(LOADED, str(run), str(file), *overrides)
+    assert done.returncode == 0, done.stderr
+    return torch.load(file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["fsdp2", "deepspeed-3"])
+@pytest.mark.parametrize(("engine", "count"), [("fsdp2", 2), ("ddp", 3), ("deepspeed-3", 2), ("deepspeed-2", 2)])
+def test_a_checkpoint_goes_on_with_any_engine_on_any_number(runs, whole, source, engine, count):
+    needs(engine)
+    checkpoint = whole(source)[0] / CHECKPOINTS / "step-6"
+    assert (checkpoint / "shards" / ".metadata").is_file() == (source == "fsdp2")
+    one, many = state_of(checkpoint, runs, "auto", 1), state_of(checkpoint, runs, engine, count)
+    assert one["state"].keys() == many["state"].keys()
+    assert len(one["state"]) > 10
+    for number, of in one["state"].items():
+        assert of.keys() == many["state"][number].keys()
+        assert all(torch.equal(torch.as_tensor(x), torch.as_tensor(many["state"][number][k])) for k, x in of.items())
+    assert all(torch.equal(x, many["weights"][name]) for name, x in one["weights"].items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("die", ""),
+        ("hang", "process 1 has stood still for 6 seconds (distributed.timeout) at "),
+        ("stop", "process 1 has not been heard of for 6 seconds (distributed.timeout)"),
+        ("memory", "out of memory with one"),
+    ],
+)
+def test_the_end_of_one_process_is_the_end_of_all_and_the_run_goes_on(stories, runs, fault, said):
+    name = f"after-{fault}"
+    path = written(stories, runs, name, checkpoint=EVERY, **sections("ddp", timeout=6.0))
+    failed = torchrun(2, FAULTY, path, fault, "1", "5")
+    assert failed.returncode != 0
+    assert said in failed.stderr
+    again = train("--resume", str(runs / name))
+    assert again.returncode == 0, again.stderr
+    assert json.loads((runs / name / "finished.json").read_text())["step"] == 9
+
+
+@pytest.mark.slow
+def test_all_processes_take_smaller_microbatches_where_one_ran_out_of_memory(stories, runs, whole):
+    path = written(stories, runs, "less", checkpoint=EVERY)
+    done = torchrun(2, FAULTY, path, "memory-once", "1", "4")
+    assert done.returncode == 0, done.stderr
+    assert "out of memory with 1" not in done.stderr
+    assert len(logged_rows(runs / "less")) == len(logged_rows(whole("ddp")[0]))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_after_the_step(stories, runs, whole):
+    path = written(stories, runs, "term", checkpoint=EVERY)
+    stopped = torchrun(2, FAULTY, path, "term", "1", "5")
+    assert "stopped by SIGTERM after step 5" in stopped.stderr
+    again = train("--resume", str(runs / "term"))
+    assert again.returncode == 0, again.stderr
+    assert_equal_runs(whole("ddp")[0], runs / "term")
