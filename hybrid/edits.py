@@ -29,7 +29,9 @@ MAY_CHANGE = (
     "ppo.microbatch_size",
     "sft.microbatch_size",
     "rollout.cuda_graphs",
+    "rollout.engine",
     "rollout.shadow",
+    "rollout.vllm",
     "run.trackers",
     "run.output",
 )

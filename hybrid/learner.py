@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -15,16 +14,15 @@ from hybrid.config import HybridConfig
 from hybrid.core import Batch, InputError, Labelled, Pairs, Rollout
 from hybrid.corpus import encoded_corpus
 from hybrid.distributed import connect
-from hybrid.evaluate import evaluate
 from hybrid.functional import PreferenceKind
 from hybrid.host import RunHost
+from hybrid.measured import Measured
 from hybrid.mixing import Plan, Strategy, make_strategy
 from hybrid.models import Policy
 from hybrid.objectives import (
     Objectives,
     Term,
     Updater,
-    autocast,
     check_decoder,
     check_groups,
     log_names,
@@ -37,16 +35,14 @@ from hybrid.objectives import (
 )
 from hybrid.rewards import Unjudged, make_reward
 from hybrid.rollout import (
+    Answered,
     CollectOptions,
-    Engine,
     Ids,
-    SamplingConfig,
     assemble,
     collect,
     from_lists,
     kl_controller,
-    respond,
-    response_texts,
+    make_engine,
 )
 from hybrid.run import open_run_folder
 from hybrid.setup import (
@@ -58,14 +54,13 @@ from hybrid.setup import (
     read_examples_of,
     resolved,
 )
-from hybrid.supply import Supply
 
 __all__ = ["Learner"]
 
 Metrics = dict[str, float]
 
 
-class Learner(Supply):
+class Learner(Measured):
     """Supervised fine-tuning and PPO on one language model. Owns the policy, its optimizer and its references.
 
         learner = Learner("gpt2", train_data="reviews.jsonl", reward=my_function)
@@ -144,7 +139,7 @@ class Learner(Supply):
             num_updates=self.num_updates(self.strategy), precision=config.model.precision,
             world=self.world,
         )  # fmt: skip
-        self.engine = Engine(self.policy, config.rollout, self.world)
+        self.engine = make_engine(self.policy, config.rollout, self.world)
         self.kl = kl_controller(config.kl)
         self.sampler, self.shuffler, self.speaker = random_streams(config.run.seed, self.policy.device)
         self.objectives = Objectives(self, lambda: vars(self.config))
@@ -276,10 +271,12 @@ class Learner(Supply):
         sft = {} if batches is None or not sft_coef else {"sft": batches}
         return self.rollout_step(rollout, {"ppo": ppo_coef} | dict.fromkeys(sft, sft_coef), sft, rows=rows)
 
-    def rollout(self, prompts: Batch | Sequence[Any], *, scored: bool = True, repeated: bool = False) -> Rollout:
+    def rollout(
+        self, prompts: Any, *, scored: bool = True, repeated: bool = False, answered: Answered | None = None
+    ) -> Rollout:
         """Answer the prompts (a batch, texts, or examples as in `train_data`) and score the answers.
 
-        scored: False: nobody is asked, all scores are 0.   repeated: see `collect`.
+        scored: False: nobody is asked, all scores are 0.   repeated, answered: see `collect`.
         """
         reward = self.reward if scored else Unjudged()
         if reward is None:
@@ -289,8 +286,8 @@ class Learner(Supply):
             rollout = collect(
                 self.policy, self.references, reward, self.corpus.encoded(prompts), tokenizer=self.tokenizer,
                 sampling=self.config.sampling, samples_per_prompt=self.config.ppo.samples_per_prompt, repeated=repeated,
-                generator=self.sampler, engine=self.engine, allow_gap=self.config.ppo.importance is not None,
-                **self._collect_options(),
+                generator=self.sampler, engine=self.engine, answered=answered,
+                allow_gap=self.config.ppo.importance is not None, **self._collect_options(),
             )  # fmt: skip
             self.world.main(lambda: reward.after_rollout(rollout))
         return self.remembered(rollout) if reward is self.reward else rollout
@@ -324,55 +321,6 @@ class Learner(Supply):
             )
         check_groups(rollout, self.config.ppo)
         return self.ppo_step(rollout)
-
-    # Looking at the policy
-
-    def generate(self, texts: Sequence[str], sampling: SamplingConfig | None = None) -> list[str]:
-        """One response for each text, which goes through the data's prompt template first."""
-        if isinstance(texts, str) or not isinstance(texts, Iterable):
-            raise InputError(f"generate takes a list of texts, got {texts!r:.60}; [text] is a list of one")
-        sampling = sampling or self.config.sampling
-        examples, size = self.shown([self.corpus.prompt(text) for text in texts]), self.config.eval.batch_size
-        answers: list[str] = []
-        with self.world.gathered(), self.autocast():
-            for start in range(0, len(examples), size):
-                *_, responses = respond(
-                    self.engine, examples[start : start + size], tokenizer=self.tokenizer,
-                    sampling=sampling, generator=self.speaker, reward=self.reward,
-                )  # fmt: skip
-                answers += response_texts(self.tokenizer, responses, stop=sampling.stop)
-        return answers
-
-    def evaluate(self) -> Metrics:
-        """The held-out measures of `hybrid.evaluate`, on the same prompts with the same draws every time."""
-        return self.evaluation()[0]
-
-    def evaluation(self) -> tuple[Metrics, list[dict[str, Any]]]:
-        """What `evaluate` measures, and the responses that it measured, a row each.
-
-        The measures of objectives go by their names: "dpo/accuracy"; their rows have an `objective`.
-        """
-        config = self.config.eval
-        with self.world.gathered(), self.autocast():
-            metrics, rows = evaluate(
-                self.policy, self.references, self.reward, self.corpus.eval, config, tokenizer=self.tokenizer,
-                sampling=self.config.sampling, engine=self.engine, shown=self.shown,
-            )  # fmt: skip
-            held_out = self.corpus.held_out_preferences[: config.num_examples]
-            for name in sorted({*self.strategy.objectives, *self.objectives}):
-                found = self.objectives[name].evaluate(held_out, config.batch_size)
-                metrics |= {f"{name}/{measure}": value for measure, value in found.metrics.items()}
-                rows += [{"objective": name, **row} for row in found.rows]
-        return metrics, rows
-
-    def save(self, folder: str | Path) -> None:
-        """Write policy and tokenizer as a plain transformers folder, the value head beside them."""
-        with self.world.gathered():
-            self.world.main(lambda: self.policy.save_pretrained(folder, tokenizer=self.tokenizer))
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Computation in `model.precision`; the weights keep their dtype."""
-        return autocast(self.config.model.precision, self.policy.device)
 
     # What the objectives take from it
 

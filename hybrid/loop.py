@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hybrid.ahead import Ahead
 from hybrid.core import Encoded, InputError, Rollout, RunStopped
 from hybrid.evaluate import sample_rows
 from hybrid.export import export_run
@@ -53,6 +54,7 @@ class Progress:
     best, best_step: the watched metric where it last made progress.   num_idle: evaluations since.
     logged: the bytes of the log's files at the checkpoint.
     num_diverged: rollouts in a row, up to the last, whose KL was beyond `kl.limit`.
+    ahead: rollouts that were drawn and are not learnt from yet (`Ahead.state`).
     """
 
     first: int
@@ -64,6 +66,7 @@ class Progress:
     num_idle: int = 0
     logged: dict[str, int] | None = None
     num_diverged: int = 0
+    ahead: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Outcome(NamedTuple):
@@ -112,6 +115,7 @@ def run(learner: Learner, strategy: Strategy, progress: Progress | None = None) 
             raise
         finally:
             learner.updater.on_skip = None
+            loop.ahead.close()
         _finish(learner)
         if folder is not None and outcome.stopped_by is None:
             world.main(lambda: _write_end(folder, learner.num_steps))
@@ -144,6 +148,11 @@ def _check(learner: Learner, strategy: Strategy) -> None:
     """Refuse what the strategy cannot run with."""
     config = learner.config
     config.check_training(strategy)
+    if config.rollout.staleness and type(strategy).repeated is not Strategy.repeated:
+        raise InputError(
+            f"rollout.staleness does not go with strategy {type(strategy).__name__}, which gives the responses to one "
+            "prompt different beginnings: set it to 0"
+        )
     held_out, watched = learner.corpus.held_out_preferences, config.eval.objective
     if config.eval.patience is not None and not (held_out if watched else learner.corpus.eval):
         raise InputError("eval.patience needs held-out data: give eval_data, data.eval or data.eval_fraction")
@@ -168,6 +177,7 @@ class _Loop:
     def __init__(self, learner: Learner, strategy: Strategy, progress: Progress, log: RunLog):
         self.learner, self.strategy, self.progress, self.log = learner, strategy, progress, log
         self.began = time.perf_counter()
+        self.ahead = Ahead(learner, progress.ahead)
         self.shown: int | None = None  # the last step whose skipped update was shown
         config = learner.config.checkpoint
         self.every = config.every
@@ -296,9 +306,13 @@ class _Loop:
 
     def _answered(self, plan: Plan, number: int) -> tuple[Rollout, Sequence[Encoded]]:
         """The next prompts with their responses."""
-        learner, options = self.learner, {} if plan.needs_reward else {"scored": False}
-        examples = self.strategy.prompts(learner.next_prompts(), number)
-        each = self.strategy.repeated(examples, learner.config.ppo.samples_per_prompt, number)
+        learner, strategy = self.learner, self.strategy
+        examples, answered = self.ahead.next(lambda: strategy.prompts(learner.next_prompts(), number))
+        # Named only where they say something: a subclass's `rollout` may take prompts alone.
+        options: dict[str, Any] = {} if plan.needs_reward else {"scored": False}
+        if answered is not None:
+            return learner.rollout(examples, answered=answered, **options), examples
+        each = strategy.repeated(examples, learner.config.ppo.samples_per_prompt, number)
         if each is not None:
             return learner.rollout(each, repeated=True, **options), examples
         return learner.rollout(examples, **options), examples
@@ -337,7 +351,7 @@ class _Loop:
             metrics = {name: x for name, x in metrics.items() if name not in names and "reward/" not in name}
             samples = [{**row, "reward": None, "components": {}} for row in samples]
         self._log_samples(plan.kind, samples)
-        return metrics
+        return {**metrics, **self.ahead.metrics}
 
     def _evaluate(self) -> None:
         metrics, rows = self.learner.evaluation()
@@ -364,7 +378,7 @@ class _Loop:
     def _save(self) -> None:
         checkpoints, progress, step = self.checkpoints, self.progress, self.learner.num_steps
         assert checkpoints is not None
-        progress.logged = self.log.sizes()
+        progress.ahead, progress.logged = self.ahead.state(), self.log.sizes()
         state = {"strategy": self.strategy.spec(), "memory": self.strategy.state_dict(), **asdict(progress)}
         # An evaluation of an earlier step says nothing of this one.
         metrics = progress.evaluation if progress.evaluated == step else {}

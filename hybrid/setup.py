@@ -24,6 +24,7 @@ from hybrid.models import (
     recompute_activations,
     under_adapter,
 )
+from hybrid.rollout import check_engine
 from hybrid.run import check_trackers
 
 __all__ = [
@@ -69,6 +70,9 @@ def resolved(
     if not (policy is None or isinstance(policy, (str, Path)) or is_model):
         raise InputError(f"the policy must be a Policy, a transformers model or a model's name, got {policy!r:.60}")
     check_trackers(config.run.trackers, config.run.output)
+    source = config.model.name if policy is None else policy
+    if config.rollout.engine != "torch" and source is not None:
+        check_engine(config.rollout, _model_config(source))
     ptx = config.ptx_data
     if _is_file_name(ptx_data):
         ptx = replace(ptx, train=_as_text(ptx_data))
@@ -129,12 +133,17 @@ def load_tokenizer(policy: nn.Module | str | Path, given: Any = None) -> Any:
 
 def model_context(policy: nn.Module | str | Path) -> int | None:
     """The longest sequence the model takes, read from its config alone; None where that does not say."""
+    return context_length(_model_config(policy))
+
+
+def _model_config(policy: nn.Module | str | Path) -> Any:
+    """The transformers config of a model, in memory or by name."""
     from transformers import AutoConfig
 
     if isinstance(policy, nn.Module):
-        return context_length(policy.backbone.model.config if isinstance(policy, Policy) else policy.config)
+        return policy.backbone.model.config if isinstance(policy, Policy) else policy.config
     try:
-        return context_length(AutoConfig.from_pretrained(under_adapter(policy) or str(policy), trust_remote_code=False))
+        return AutoConfig.from_pretrained(under_adapter(policy) or str(policy), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"model {str(policy)!r} not found: {first_line(error)}") from error
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hybrid.core import Encoded
-from hybrid.rollout import Asked, Engine, RolloutConfig, SamplingConfig
+from hybrid.rollout import Asked, RolloutConfig, SamplingConfig, TorchEngine
 
 PAD, EOS = 0, 2
 
@@ -135,9 +135,10 @@ def toy_asked(policy, prompt, *, judge=None, repeats=1, seed=0, **sampling):
     """One prompt, put to a toy policy."""
     ids = torch.tensor([prompt])
     example = Encoded(tuple(prompt), (-100,) * len(prompt), tuple(prompt), "", "", {})
+    engine = TorchEngine(policy, RolloutConfig(shadow=False, cuda_graphs=False))
     return Asked(
-        Engine(policy, RolloutConfig(shadow=False, cuda_graphs=False)), ids, torch.ones_like(ids, dtype=torch.bool),
-        (example,), SamplingConfig(**sampling), eos_ids=(EOS,), pad_id=PAD, repeats=repeats,
+        engine, ids, torch.ones_like(ids, dtype=torch.bool), (example,),
+        SamplingConfig(**sampling), eos_ids=(EOS,), pad_id=PAD, repeats=repeats,
         generator=torch.Generator().manual_seed(seed), judge=judge,
     )  # fmt: skip
 

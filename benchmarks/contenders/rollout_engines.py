@@ -40,10 +40,10 @@ def ours(job: RolloutJob) -> Answers:
     """Float32 weights; bfloat16 is autocast's, with a shadow of the matrices that every call takes anew."""
     from hybrid import Policy
     from hybrid.objectives import autocast
-    from hybrid.rollout import Engine, RolloutConfig, SamplingConfig
+    from hybrid.rollout import RolloutConfig, SamplingConfig, TorchEngine
 
     policy = Policy.from_pretrained(job.model).to(job.device)
-    engine, sampling = Engine(policy, RolloutConfig()), SamplingConfig(max_new_tokens=job.response_length)
+    engine, sampling = TorchEngine(policy, RolloutConfig()), SamplingConfig(max_new_tokens=job.response_length)
     prompts = torch.tensor(job.prompts, device=job.device)
     mask = torch.ones_like(prompts, dtype=torch.bool)
 

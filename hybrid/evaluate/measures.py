@@ -17,7 +17,7 @@ from hybrid.functional import sft_loss
 from hybrid.models import Policy, Reference
 from hybrid.objectives import SFTConfig, sft_batch_loss
 from hybrid.rewards import AllSkipped, Reward, Unjudged
-from hybrid.rollout import Decoder, Engine, SamplingConfig, collect
+from hybrid.rollout import Decoder, Engine, SamplingConfig, TorchEngine, collect
 
 __all__ = ["distinct_n", "evaluate", "evaluate_responses", "evaluate_sft", "sample_rows"]
 
@@ -117,7 +117,7 @@ def evaluate_responses(
     left out.
     """
     generator = torch.Generator(policy.device).manual_seed(seed)
-    engine = engine or Engine(policy)
+    engine = engine or TorchEngine(policy)
     rollouts = _rollouts(
         policy, references, reward or Unjudged(), examples,
         batch_size=batch_size, tokenizer=tokenizer, sampling=sampling, seed=seed, generator=generator, engine=engine,

@@ -1,6 +1,6 @@
 """Models: the policy (trunk, LM head, value head) and the frozen references."""
 
-from hybrid.models.adapt import LoraConfig, add_lora, check_base, is_adapted, require, under_adapter
+from hybrid.models.adapt import LoraConfig, add_lora, check_base, is_adapted, merged, require, under_adapter
 from hybrid.models.backbone import Backbone, context_length
 from hybrid.models.contract import check_packing, takes_fixed_cache
 from hybrid.models.heads import RewardHead, ValueHead
@@ -40,6 +40,7 @@ __all__ = [
     "is_adapted",
     "label_logprob",
     "last_token",
+    "merged",
     "new_recurrent",
     "recompute_activations",
     "require",

@@ -50,7 +50,9 @@ class PPOConfig:
     clip: float | None = 0.2  # ratio kept in [1 - clip, 1 + clip]; None: not clipped
     clip_high: float | None = None  # another upper range: [1 - clip, 1 + clip_high]
     dual_clip: float | None = None  # c > 1: a negative advantage costs at most c times itself
-    importance: ImportanceLevel | None = None  # weigh by old over sampling probability, of each token or sequence
+    # Weigh by old over sampling probability, of each token or sequence. None: with rollout.engine vllm and with a
+    # rollout.staleness token, else nothing.
+    importance: ImportanceLevel | None = None
     importance_mode: ImportanceMode = "truncate"  # a weight above the cap is cut to it; mask: outside 1/cap..cap is 0
     importance_cap: float = 2.0
     aggregation: Aggregation = "token_mean"  # how the token losses of the rows are averaged

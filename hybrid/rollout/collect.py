@@ -14,6 +14,7 @@ from hybrid.distributed import ALONE, World
 from hybrid.functional import kl_estimate, masked_sum, masked_whiten, token_reward
 from hybrid.models import Backbone, Policy, Reference, before_response, response_stats
 from hybrid.rewards import AllSkipped, Reward, RewardOutput
+from hybrid.rollout.actor import Answered
 from hybrid.rollout.engine import Engine
 from hybrid.rollout.gap import check_sampling_gap
 from hybrid.rollout.judge import judged
@@ -21,6 +22,7 @@ from hybrid.rollout.kl import KLKind
 from hybrid.rollout.respond import respond
 from hybrid.rollout.responses import Responses
 from hybrid.rollout.sampling import SamplingConfig
+from hybrid.rollout.torch_engine import TorchEngine
 
 __all__ = ["CollectOptions", "ScoreConfig", "assemble", "collect", "shaped_score"]
 
@@ -72,6 +74,7 @@ def collect(
     repeated: bool = False,
     generator: torch.Generator | None = None,
     engine: Engine | None = None,
+    answered: Answered | None = None,
     allow_gap: bool = False,
     **options: Unpack[CollectOptions],
 ) -> Rollout:
@@ -80,6 +83,7 @@ def collect(
     samples_per_prompt: responses to each prompt; they stand together and are one `group`, of the prompt's number.
     repeated: the batch has each prompt so many times already, as where they have hints of their own.
     engine: the policy's, which keeps from rollout to rollout what makes it fast; None: one for this rollout alone.
+    answered: the prompts with responses that were drawn before; None: they are drawn now.
     options: see `CollectOptions`.
     allow_gap: whether the responses may have been drawn from another distribution than the training forward's, as
         where `PPOConfig.importance` corrects for it; else that is a RunStopped (see `check_sampling_gap`).
@@ -90,12 +94,12 @@ def collect(
     asked = batch.examples if isinstance(batch, Batch) else tuple(batch)
     each = 1 if repeated else samples_per_prompt
     examples = [example for example in asked for _ in range(each)]
-    engine = engine or Engine(policy)
+    engine = engine or TorchEngine(policy)
     start = time.perf_counter()
     for backbone in _backbones(policy, references):
         backbone.fit_vocabulary(tokenizer)
     with enough_memory("sampling", "Lower ppo.batch_size or sampling.max_new_tokens, or set model.precision=bfloat16"):
-        prompt_ids, prompt_mask, responses = respond(
+        prompt_ids, prompt_mask, responses, *_ = answered or respond(
             engine, asked, tokenizer=tokenizer, sampling=sampling, generator=generator,
             samples_per_prompt=each, reward=reward,
         )  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hybrid.core import InputError, first_line
 from hybrid.models import Backbone, Policy, is_adapted
 from hybrid.rollout.engine import Engine, RolloutConfig
+from hybrid.rollout.torch_engine import TorchEngine
 
 __all__ = ["NamedModel", "PastPolicy"]
 
@@ -38,7 +39,7 @@ class PastPolicy:
             return
         self._taken = {name: x.clone() for name, x in now.items()}
         if not is_adapted(self._policy.backbone.model):
-            self._other = Engine(self._copy(), self._engine.config)
+            self._other = TorchEngine(self._copy(), self._engine.config)
 
     @contextmanager
     def engine(self) -> Iterator[Engine]:
@@ -101,7 +102,7 @@ class NamedModel:
         backbone.fit_vocabulary(tokenizer)
         # Its value head is never asked, and its random start must not cost the run a random number.
         with torch.random.fork_rng(devices=[]):
-            self._engine = Engine(Policy(backbone).eval(), config)
+            self._engine = TorchEngine(Policy(backbone).eval(), config)
 
     def take(self) -> None:
         """Nothing: it is no policy of the run's."""

@@ -45,6 +45,7 @@ def respond(
     """
     backbone, pad_id, decoder = engine.policy.backbone, filler_id(tokenizer), sampling.search
     reward = None if isinstance(reward, Unjudged) else reward
+    engine.config.check_sampling(sampling)
     decoder.check_reward(reward)
     decoder.check_context(backbone.context_length)
     decoder.check_tokenizer(tokenizer)

@@ -6,7 +6,7 @@ from tiny import WIDE, tiny_model
 
 from hybrid.data import left_pad
 from hybrid.models import Backbone, Policy
-from hybrid.rollout import Engine, RolloutConfig, SamplingConfig, sample
+from hybrid.rollout import RolloutConfig, SamplingConfig, TorchEngine, sample
 from hybrid.rollout.steps import Graphs
 
 pytestmark = [
@@ -60,7 +60,7 @@ def test_under_autocast_the_engine_captures_its_shadow():
     ids, mask = (x.cuda() for x in left_pad(PROMPTS, pad_id=0))
     answers = []
     for graphs in (True, False):
-        engine = Engine(policy, RolloutConfig(cuda_graphs=graphs))
+        engine = TorchEngine(policy, RolloutConfig(cuda_graphs=graphs))
         with torch.autocast("cuda", torch.bfloat16):
             for seed in range(2):
                 generator = torch.Generator("cuda").manual_seed(seed)
