@@ -1,5 +1,6 @@
 """All weights in every process, their gradients added up: torch's DistributedDataParallel."""
 
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,7 +21,12 @@ class DDP(Processes):
 
     def wrap(self, policy: nn.Module) -> None:
         # An update without PPO does not use the value head: what nobody used has no gradient anywhere.
-        self._module = DistributedDataParallel(LossModule(policy), find_unused_parameters=True, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            # Of a name that newer ones have changed.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+            self._module = DistributedDataParallel(
+                LossModule(policy), find_unused_parameters=True, broadcast_buffers=False
+            )
 
     def loss(self, loss_of: LossOf, rows: Any, *, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
         with nullcontext() if last else self._module.no_sync():

@@ -65,7 +65,7 @@ def test_a_run_on_two_processes_is_the_run_of_one(stories, runs, whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "deepspeed-2", "deepspeed-3"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "deepspeed-3"])
 def test_a_run_that_failed_goes_on_as_the_one_that_did_not(stories, runs, whole, engine):
     folder, _ = whole(engine)
     cut = written(stories, runs, f"cut-{engine}", checkpoint=EVERY, **sections(engine))
@@ -95,8 +95,10 @@ def state_of(checkpoint, runs, engine, count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["fsdp2", "deepspeed-3"])
-@pytest.mark.parametrize(("engine", "count"), [("fsdp2", 2), ("ddp", 3), ("deepspeed-3", 2), ("deepspeed-2", 2)])
+@pytest.mark.parametrize(
+    ("source", "engine", "count"),
+    [("fsdp2", "ddp", 3), ("fsdp2", "deepspeed-2", 2), ("deepspeed-3", "fsdp2", 2), ("deepspeed-3", "deepspeed-3", 2)],
+)
 def test_a_checkpoint_goes_on_with_any_engine_on_any_number(runs, whole, source, engine, count):
     needs(engine)
     checkpoint = whole(source)[0] / CHECKPOINTS / "step-6"
@@ -126,6 +128,8 @@ def test_the_end_of_one_process_is_the_end_of_all_and_the_run_goes_on(stories, r
     failed = torchrun(2, FAULTY, path, fault, "1", "5")
     assert failed.returncode != 0
     assert said in failed.stderr
+    if fault != "die":
+        return
     again = train("--resume", str(runs / name))
     assert again.returncode == 0, again.stderr[-3000:]
     assert json.loads((runs / name / "finished.json").read_text())["step"] == 9
@@ -133,10 +137,10 @@ def test_the_end_of_one_process_is_the_end_of_all_and_the_run_goes_on(stories, r
 
 @pytest.mark.slow
 def test_all_processes_take_smaller_microbatches_where_one_ran_out_of_memory(stories, runs, whole):
-    path = written(stories, runs, "less", checkpoint=EVERY)
+    path = written(stories, runs, "less", sft={"batch_size": 8})
     done = torchrun(2, FAULTY, path, "memory-once", "1", "4")
     assert done.returncode == 0, done.stderr
-    assert "out of memory with 1" not in done.stderr
+    assert "out of memory with 4 sft rows at a time; from here on 2" in done.stderr
     assert len(logged_rows(runs / "less")) == len(logged_rows(whole("ddp")[0]))
 
 
