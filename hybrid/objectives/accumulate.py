@@ -112,20 +112,26 @@ def _attempt(
     failure: Failure | None = None
     for number, job in enumerate(jobs, start=1):
         term, last = terms[job.term], number == len(jobs)
+        # In the last pass the processes' gradients meet: before it one that has none can still say so.
+        if last and world.size > 1 and (told := world.first(failure)) is not None:
+            return told
+        if failure is not None:
+            continue
         try:
-            if failure is None:
-                loss, found = world.loss(term.loss_of, job.rows, last=last)
-            # Where the last gradients meet, a process that has none would keep all others waiting.
-            if last and (told := world.first(failure)) is not None:
-                return told
-            if failure is None:
-                world.backward(scaler.scale(job.factor * term.coef * loss))
-                if job.factor:
-                    metrics[job.term].append((job.rows.mean_over, {"loss": loss.detach(), **found}))
+            loss, found = world.loss(term.loss_of, job.rows, last=last)
+            world.backward(scaler.scale(job.factor * term.coef * loss))
         except RuntimeError as error:
             if not is_out_of_memory(error) or not world.retries:
                 raise
             failure = Failure(job.term, first_line(error))
+            if last and world.size > 1:
+                raise RunStopped(
+                    f"out of memory in the pass in which {world.size} processes add up their gradients "
+                    f"({failure.said}); go on with a smaller {term.section and term.section + '.'}microbatch_size"
+                ) from None
+        else:
+            if job.factor:
+                metrics[job.term].append((job.rows.mean_over, {"loss": loss.detach(), **found}))
     return failure or metrics
 
 
