@@ -14,7 +14,7 @@ DEEPSPEED = Path(sys.prefix) / "deepspeed"
 # The programs that processes run.
 STEPS, FAULTY, LOADED = (str(ROOT / "tests" / "distributed" / f"{name}.py") for name in ("steps", "faulty", "loaded"))
 # What each step of the first trains, of how many rows: 5 is no multiple of 2 or 3, and of 1 row others have none.
-KINDS = ("sft", "one", "ppo", "grpo", "dpo", "joint")
+KINDS = ("sft", "one", "ppo", "grpo", "dpo", "kto", "joint")
 
 
 def needs(engine: str) -> None:

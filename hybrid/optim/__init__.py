@@ -4,6 +4,7 @@ from hybrid.optim.groups import parameter_groups
 from hybrid.optim.keys import Known
 from hybrid.optim.listing import listing, listing_markdown
 from hybrid.optim.optimizer import (
+    check_engine,
     check_optimizer,
     known_optimizers,
     make_optimizer,
@@ -22,6 +23,7 @@ from hybrid.optim.scheduler import (
 
 __all__ = [
     "Known",
+    "check_engine",
     "check_optimizer",
     "check_scheduler",
     "known_optimizers",
