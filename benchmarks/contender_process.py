@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.contenders.protocol import PPOJob, RolloutJob
+from benchmarks.contenders.protocol import PPOJob, RolloutJob, SharedJob
 
 __all__ = ["Failed", "Process", "add_options", "by_turns", "environment", "parsed_options"]
 
@@ -30,7 +30,14 @@ class Process:
     """A running contender. Owns the process, and the file that takes what it says beside its answers."""
 
     def __init__(
-        self, name: str, script: str, job: PPOJob | RolloutJob, *, python: str, environment: dict[str, str], log: Path
+        self,
+        name: str,
+        script: str,
+        job: PPOJob | RolloutJob | SharedJob,
+        *,
+        python: str,
+        environment: dict[str, str],
+        log: Path,
     ):
         self.name, self.job, self._log = name, job, log
         with log.open("w") as said:

@@ -48,6 +48,7 @@ from hybrid.run import open_run_folder
 from hybrid.setup import (
     ReferenceLike,
     build_models,
+    check_world,
     load_tokenizer,
     model_context,
     random_streams,
@@ -108,6 +109,7 @@ class Learner(Measured):
         torch.manual_seed(config.run.seed)
         self.strategy = make_strategy(config.mixing)
         self.reward = None if config.reward is None else make_reward(config.reward)
+        check_world(config, self.world, self.reward)
         output = config.run.output
         self.folder = None if output is None else self.world.once(lambda: open_run_folder(output))
         examples = read_examples_of(config, train_data, eval_data, ptx_data, preference_data, self.reward)

@@ -12,6 +12,7 @@ from hybrid.config import HybridConfig, ModelConfig, ReferenceConfig
 from hybrid.core import InputError, first_line
 from hybrid.corpus import ExampleSets
 from hybrid.data import DataConfig, ExampleSet, read_example_set, read_training_sets, split_examples
+from hybrid.distributed import World
 from hybrid.mixing import make_strategy
 from hybrid.models import (
     Policy,
@@ -24,6 +25,8 @@ from hybrid.models import (
     recompute_activations,
     under_adapter,
 )
+from hybrid.optim import check_sharing
+from hybrid.rewards import Reward
 from hybrid.rollout import check_engine
 from hybrid.run import check_trackers
 
@@ -31,6 +34,7 @@ __all__ = [
     "ReferenceLike",
     "build_models",
     "build_policy",
+    "check_world",
     "load_tokenizer",
     "model_context",
     "random_streams",
@@ -107,6 +111,28 @@ def _as_text(source: Any) -> str | list[str]:
 def _name_of(policy: nn.Module) -> str:
     """The name that a model in memory was loaded from, "" where there is none."""
     return getattr(policy.backbone.model if isinstance(policy, Policy) else policy, "name_or_path", "")
+
+
+def check_world(config: HybridConfig, world: World, reward: Reward | None) -> None:
+    """Refuse what processes that each step a part of the weights cannot do."""
+    if not world.cuts:
+        return
+    model = config.model
+    check_sharing(config.optimizer, world.engine)
+    asked = {
+        "model.precision float16, whose scaled losses are watched in whole gradients: take bfloat16":
+            model.precision == "float16",
+        "model.dtype bfloat16, beside which the value head is float32: take float32, or model.lora":
+            world.engine == "deepspeed" and model.dtype == "bfloat16" and model.lora is None,
+        "model.compile": model.compile,
+        "a reward that copies the policy (self_play against itself) or compares its gradients (mixture's controllers "
+        "gradient and meta)": not world.whole and reward is not None and reward.needs_whole_policy,
+    }  # fmt: skip
+    if refused := [what for what, is_asked in asked.items() if is_asked]:
+        raise InputError(
+            f"config: distributed.engine {world.engine} has a part of the weights in each process, and does not go "
+            f"with {refused[0]}; or take distributed.engine ddp"
+        )
 
 
 def load_tokenizer(policy: nn.Module | str | Path, given: Any = None) -> Any:

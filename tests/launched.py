@@ -15,7 +15,7 @@ DEEPSPEED = Path(sys.prefix) / "deepspeed"
 STEPS, FAULTY, LOADED = (str(ROOT / "tests" / "distributed" / f"{name}.py") for name in ("steps", "faulty", "loaded"))
 # What each step of the first trains, of how many rows: 5 is no multiple of 2 or 3, and of 1 row others have none;
 # "then" is a step of PPO, and one in which the value head has no gradient.
-KINDS = ("sft", "one", "ppo", "grpo", "dpo", "joint", "then")
+KINDS = ("sft", "one", "ppo", "grpo", "dpo", "kto", "joint", "then")
 
 
 def needs(engine: str) -> None:

@@ -135,7 +135,7 @@ def test_the_readmes_scores_of_the_example_spec_are_what_the_command_prints(monk
     assert set(rows) <= {line.rsplit(" ", 1)[0].rstrip() for line in readme}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.yaml")), ids=lambda p: p.name)
 def test_every_example_config_is_valid(path):
     HybridConfig.from_file(path)
 
@@ -194,3 +194,13 @@ def test_a_recurrent_model_learns_a_text_and_goes_on_with_ppo(cell, shared, tmp_
     assert sum(line.startswith("PPO") for line in lines) == 2
     made = AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "cheerful")
     assert made.config.cell == cell
+
+
+@pytest.mark.slow
+def test_a_config_of_many_processes_trains_on_two(shared, stories, tmp_path):
+    lines = run(
+        "-m", "hybrid", "train", "examples/scale/fsdp2.yaml", f"model.name={stories}",
+        f"data.train={shared / 'rotten_tomatoes' / 'rt-polarity.pos'}", f"run.output={tmp_path / 'run'}", "--nproc", 2,
+    )  # fmt: skip
+    assert any("2 processes by fsdp2" in line for line in lines)
+    assert any("step 4/4" in line for line in lines)

@@ -24,6 +24,7 @@ __all__ = [
     "PPOJob",
     "PPOMeter",
     "RolloutJob",
+    "SharedJob",
     "endless_tokenizer",
     "now",
     "peak_mib",
@@ -94,6 +95,31 @@ class PPOJob:
     def texts(self) -> list[str]:
         """The prompts as the model's tokenizer writes them."""
         return [" ".join(map(str, ids)) for ids in self.prompts]
+
+
+@dataclass(frozen=True)
+class SharedJob:
+    """A supervised step on the prompts with `targets` behind them, and a PPO iteration of the prompts; in one epoch.
+
+    engine: local, ddp, fsdp2, deepspeed-2 or deepspeed-3.   processes: that share the rows.
+    """
+
+    model: str
+    prompts: list[list[int]]
+    targets: list[list[int]]
+    response_length: int
+    minibatch_size: int
+    device: str
+    engine: str
+    processes: int
+    seed: int = 0
+    options: Sequence[str] = ()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What an iteration must come to, of all processes together."""
+        rows = len(self.prompts)
+        return {"sft_tokens": sum(map(len, self.targets)), "responses": rows, "tokens": rows * self.response_length}
 
 
 def _parsed(value: str) -> Any:
@@ -191,7 +217,7 @@ class Meter(Protocol):
         ...
 
 
-Job = TypeVar("Job", PPOJob, RolloutJob)
+Job = TypeVar("Job", PPOJob, RolloutJob, SharedJob)
 
 
 class Line(Generic[Job]):

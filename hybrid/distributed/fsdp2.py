@@ -31,13 +31,16 @@ class FSDP2(Processes):
 
     engine = "fsdp2"
     whole = False
+    cuts = True
     retries = False  # out of memory, a process has left the others in the middle of their gathers
     _whole: LossModule
     _root: FSDPModule  # the same
     _layers: list[FSDPModule]
 
     def wrap(self, policy: nn.Module) -> None:
-        self._layers = [fully_shard(layer) for layer in _layers(policy)]
+        # The heads apart: they are float32, whatever the trunk is in, and what is gathered together has one dtype.
+        heads = [child for name, child in policy.named_children() if name != "backbone"]
+        self._layers = [fully_shard(layer) for layer in (*_layers(policy), *heads)]
         self._whole = LossModule(policy)
         self._root = fully_shard(self._whole)
         # Its first forward says which module is the root.
@@ -58,7 +61,7 @@ class FSDP2(Processes):
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
+    def _gathering(self) -> Iterator[None]:
         modules = [self._root, *self._layers]
         for module in modules:
             module.set_reshard_after_forward(False, recurse=False)

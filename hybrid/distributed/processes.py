@@ -47,6 +47,7 @@ class Processes(World):
         self.rank, self.size, self.config = place.rank, place.size, config
         self._objects = _joined(place)
         self._watch: Watch | None = None
+        self._holds_all = False
         if self.rank:
             _silence()
 
@@ -104,6 +105,23 @@ class Processes(World):
             return
         with self._watch.waiting():
             yield
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        if self._holds_all:  # by a block around this one
+            yield
+            return
+        self._holds_all = True
+        try:
+            with self._gathering():
+                yield
+        finally:
+            self._holds_all = False
+
+    @contextmanager
+    def _gathering(self) -> Iterator[None]:
+        """`gathered`, of an engine whose processes do not hold all."""
+        yield
 
     @contextmanager
     def own_randomness(self, device: torch.device) -> Iterator[None]:

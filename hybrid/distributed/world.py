@@ -32,6 +32,7 @@ class World:
     rank = 0
     size = 1
     whole = True  # whether each process holds all weights all the time
+    cuts = False  # whether each process steps its part of the weights, of whole tensors or of a flat one
     retries = True  # whether an update that ran out of memory can be tried again
 
     def __str__(self) -> str:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hybrid.core import RunStopped
+from hybrid.distributed.config import DistributedConfig
+from hybrid.distributed.launch import Place
 from hybrid.distributed.processes import LossModule, Processes
 from hybrid.distributed.world import LossOf
 
@@ -26,15 +28,19 @@ class DeepSpeed(Processes):
     """
 
     engine = "deepspeed"
+    cuts = True
     retries = False  # out of memory, a process has left the others in the middle of their sums
     _module: LossModule
     _engine: Any  # deepspeed's
     _groups: list[list[nn.Parameter]]
     _used: set[int]
 
+    def __init__(self, place: Place, config: DistributedConfig):
+        super().__init__(place, config)
+        self.whole = config.zero_stage < 3
+
     def wrap(self, policy: nn.Module) -> None:
         self._module = LossModule(policy)
-        self.whole = self.config.zero_stage < 3
 
     def adopt(self, optimizer: torch.optim.Optimizer, *, max_norm: float) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -117,7 +123,7 @@ class DeepSpeed(Processes):
                 self._zero.averaged_gradients[number] = self._zero.all_grad_tensors[number] = None
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
+    def _gathering(self) -> Iterator[None]:
         from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 
         with unwrap_model_for_generation(self._engine) if self.config.zero_stage == 3 else nullcontext():

@@ -38,7 +38,8 @@ class _Distilling(Objective[Record]):
 
     def check(self) -> None:
         teacher = numbered_reference(self.parts, self.number)
-        rows = [len(backbone.head_weight) for backbone in (self.parts.policy.backbone, teacher.backbone)]
+        with self.parts.world.gathered():
+            rows = [len(backbone.head_weight) for backbone in (self.parts.policy.backbone, teacher.backbone)]
         if rows[0] != rows[1]:
             raise InputError(
                 f"a teacher needs the policy's vocabulary of {rows[0]}, and references[{self.number}] has {rows[1]}"

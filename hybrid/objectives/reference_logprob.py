@@ -5,6 +5,7 @@ import json
 import time
 from array import array
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -43,8 +44,9 @@ def answer_logprob(
     groups: the rows of each forward. Without dropout: a reference may be the policy's own model with its adapter off.
     """
     parts.policy.eval()
+    own = isinstance(model, Policy) or model.shared
     sums = torch.zeros(len(batch), device=batch.labels.device)
-    with parts.autocast():
+    with parts.world.gathered() if own else nullcontext(), parts.autocast():
         for rows in groups:
             logprob, _ = model.batch_logprob(batch[rows].trimmed(), temperature=temperature)
             sums[rows.to(sums.device)] = logprob.sum(1).to(sums.dtype)
@@ -84,7 +86,9 @@ class ReferenceLogprob:
         """Compute those of these examples, or read them from the run's folder."""
         if not examples or all(id(e) in self._kept for e in examples):
             return
-        values = self.parts.world.once(lambda: self._found(examples))
+        world = self.parts.world
+        with world.gathered() if self.reference.shared else nullcontext():  # by all: one alone computes
+            values = world.once(lambda: self._found(examples))
         self._kept |= zip(map(id, examples), values.tolist(), strict=True)
         self._owners.append(examples)
 

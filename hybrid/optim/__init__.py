@@ -5,6 +5,7 @@ from hybrid.optim.keys import Known
 from hybrid.optim.listing import listing, listing_markdown
 from hybrid.optim.optimizer import (
     check_optimizer,
+    check_sharing,
     known_optimizers,
     make_optimizer,
     optimizer_from,
@@ -24,6 +25,7 @@ __all__ = [
     "Known",
     "check_optimizer",
     "check_scheduler",
+    "check_sharing",
     "known_optimizers",
     "known_schedulers",
     "listing",

@@ -14,7 +14,14 @@ from hybrid.optim.groups import parameter_groups
 from hybrid.optim.keys import Key, Known, key_like, lower_keys, read_keys
 from hybrid.optim.optimizer_table import COMMON, KEYS, ROWS, OptimizerRow
 
-__all__ = ["check_optimizer", "known_optimizers", "make_optimizer", "optimizer_from", "register_optimizer"]
+__all__ = [
+    "check_optimizer",
+    "check_sharing",
+    "known_optimizers",
+    "make_optimizer",
+    "optimizer_from",
+    "register_optimizer",
+]
 
 Factory = Callable[..., torch.optim.Optimizer]
 _optimizers: Registry[Factory] = Registry("optimizer")
@@ -58,6 +65,21 @@ def optimizer_from(
 def check_optimizer(section: Mapping[str, Any]) -> None:
     """Refuse a bad `optimizer` section of a config, before there is a model to optimize. Imports no backend."""
     _read(*_split(section), quiet=True)
+
+
+def check_sharing(section: Mapping[str, Any], engine: str) -> None:
+    """Refuse a config section's optimizer where it cannot step the parts of weights that an engine gives it.
+
+    One that is not ours is believed.
+    """
+    name, *_ = _split(section)
+    row = _optimizers[name]
+    if isinstance(row, OptimizerRow) and engine not in row.engines:
+        known = ", ".join(row.name for row in ROWS if engine in row.engines)
+        raise InputError(
+            f"optimizer {name!r} does not step parts of weights, which distributed.engine {engine} has; known that "
+            f"do: {known}; or take distributed.engine ddp"
+        )
 
 
 def known_optimizers() -> list[Known]:

@@ -48,6 +48,11 @@ KEYS = COMMON | {
 }
 
 
+CUTTING = ("fsdp2", "deepspeed")
+# bitsandbytes does not know FSDP2's tensors, ZeRO's are plain ones.
+ON_FLAT = ("deepspeed",)
+
+
 @dataclass(frozen=True)
 class OptimizerRow:
     """One optimizer.
@@ -56,6 +61,8 @@ class OptimizerRow:
     constants: arguments that are part of the name.   fixed: keys of its family that the class cannot honour,
     with the only value they may have, and `instead`, the name that can.
     needs: (key, key that must then be on, or above 0); a first key of None: always.
+    engines: those that it steps parts of weights for. None, where a weight's step depends on others of its tensor, or
+        a state is one of a block.
     """
 
     name: str
@@ -67,6 +74,7 @@ class OptimizerRow:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     instead: str = ""
     needs: tuple[tuple[str | None, str], ...] = ()
+    engines: tuple[str, ...] = CUTTING
 
     @property
     def backend(self) -> str:
@@ -126,7 +134,13 @@ TORCH_ROWS = [
     OptimizerRow("adam", "torch.optim:Adam", "Adam; its weight decay is added to the gradient", FUSED_ADAM),
     OptimizerRow("adamax", "torch.optim:Adamax", "Adam with the infinity norm", ADAM),
     OptimizerRow("radam", "torch.optim:RAdam", "Adam with a rectified, warm-up-free start", ADAM),
-    OptimizerRow("adagrad", "torch.optim:Adagrad", "rates shrink with the sum of squared gradients", ADAGRAD),
+    OptimizerRow(
+        "adagrad",
+        "torch.optim:Adagrad",
+        "rates shrink with the sum of squared gradients",
+        ADAGRAD,
+        engines=("fsdp2",),  # it has states before its first step, which ZeRO does not find
+    ),
     OptimizerRow("rmsprop", "torch.optim:RMSprop", "rates shrink with the recent squared gradients", RMSPROP),
     OptimizerRow(
         "sgd",
@@ -141,6 +155,7 @@ TORCH_ROWS = [
         "factored second moments: memory of rows plus columns",
         ADAFACTOR,
         needs=(("warmup_init", "relative_step"),),
+        engines=(),
     ),
 ]
 
@@ -160,6 +175,7 @@ def _adam_family(family: str, arguments: Arguments, said: str) -> list[Optimizer
                 arguments,
                 aliases=(name,) if bits == 32 and family in ("AdEMAMix", "Lion") else (),
                 constants={"optim_bits": 32} if plain else {},
+                engines=ON_FLAT if bits == 32 else (),
             )
         )
     return rows
@@ -175,6 +191,7 @@ def _other_bnb_rows(bits: int) -> list[OptimizerRow]:
             {"eps": "eps"},
             fixed={"initial_accumulator_value": 0.0, "lr_decay": 0.0},
             instead="adagrad",
+            engines=ON_FLAT if bits == 32 else (),
         ),
         OptimizerRow(
             f"rmsprop_{bits}bit",
@@ -183,6 +200,7 @@ def _other_bnb_rows(bits: int) -> list[OptimizerRow]:
             {"alpha": "alpha", "eps": "eps"},
             fixed={"momentum": 0.0, "centered": False},
             instead="rmsprop",
+            engines=ON_FLAT if bits == 32 else (),
         ),
         OptimizerRow(
             f"sgd_{bits}bit",
@@ -192,6 +210,7 @@ def _other_bnb_rows(bits: int) -> list[OptimizerRow]:
             fixed={"dampening": 0.0, "nesterov": False},
             instead="sgd",
             needs=((None, "momentum"),),
+            engines=ON_FLAT if bits == 32 else (),
         ),
     ]
 

@@ -71,6 +71,11 @@ class Hooks:
         """The rewards that it is made of, which are told the same."""
         return iter(())
 
+    @property
+    def needs_whole_policy(self) -> bool:
+        """Whether it copies or differentiates the policy, which one process alone can only with all of its weights."""
+        return any(inner.needs_whole_policy for inner in self.inner_rewards())
+
     def attach(self, host: Host) -> None:
         """The run's models are there. Once, before the first score; raises InputError for what the host lacks."""
         for inner in self.inner_rewards():

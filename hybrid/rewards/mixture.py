@@ -106,6 +106,10 @@ class Mixture(WeightedSum):
         if self._metric is not None:
             yield self._metric
 
+    @property
+    def needs_whole_policy(self) -> bool:
+        return self.controller in ("gradient", "meta") or super().needs_whole_policy
+
     def attach(self, host: Host) -> None:
         super().attach(host)
         self._host = host

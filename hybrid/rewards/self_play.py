@@ -86,6 +86,10 @@ class SelfPlay(Composite):
         if self._pairs is not None:
             yield self._pairs
 
+    @property
+    def needs_whole_policy(self) -> bool:
+        return self.opponent_name is None or super().needs_whole_policy
+
     def attach(self, host: Host) -> None:
         super().attach(host)
         self._opponent, self._stream = host.opponent(self.opponent_name), host.stream(0)

@@ -25,7 +25,8 @@ class PastPolicy:
     """
 
     def __init__(self, policy: Policy, engine: Engine):
-        self._policy, self._engine = policy, engine
+        # Of several processes the first one asks it, alone.
+        self._policy, self._engine = policy, engine if engine.world.size == 1 else Engine(policy, engine.config)
         self._taken: dict[str, Tensor] = {}
         self._other: Engine | None = None  # of the copy, where the whole backbone is trained
 

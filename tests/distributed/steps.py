@@ -17,7 +17,7 @@ def reward(responses):
     return [sum(letter in "aeiou" for letter in text) / (len(text) + 1) for text in responses]
 
 
-def learner(model: str, step: str, **sections) -> Learner:
+def learner(model: str, step: str, /, **sections) -> Learner:
     values = {
         "model": {"name": model},
         "sampling": {"max_new_tokens": 9},
@@ -31,7 +31,7 @@ def learner(model: str, step: str, **sections) -> Learner:
     if step == "grpo":
         values["ppo"] |= {"advantage": "group", "samples_per_prompt": 3, "batch_size": 3}
     config = HybridConfig.from_dict({**values, **sections})
-    data = {"preference_data": PAIRS} if step == "dpo" else {}
+    data = {"preference_data": PAIRS} if step in ("dpo", "kto") else {}
     return Learner(train_data=ROWS, reward=reward, config=config, **data)
 
 
@@ -40,8 +40,8 @@ def metrics_of(made: Learner, step: str) -> dict[str, float]:
         return made.sft_step(next(made.loader))
     if step == "one":
         return made.sft_step(ROWS[:1])
-    if step == "dpo":
-        return made.preference_step(PAIRS[:5])
+    if step in ("dpo", "kto"):
+        return made.preference_step(PAIRS[:5], step)
     rollout = made.rollout(next(made.prompts))
     return made.ppo_step(rollout) if step != "joint" else made.joint_step(rollout, made.loader, sft_coef=0.5)
 

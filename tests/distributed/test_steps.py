@@ -56,3 +56,13 @@ def test_a_supervised_step_leaves_the_value_head_as_it_is(alone):
     weights, states = torch.load(alone / "sft.pt"), json.loads((alone / "sft.json").read_text())["states"]
     assert not weights["value_head.linear.weight"].any()
     assert len(states) < len(weights)
+
+
+@pytest.mark.slow
+def test_weights_in_bfloat16_beside_heads_in_float32_are_sharded(stories, tmp_path):
+    values = {"model": {"name": stories, "dtype": "bfloat16"}, **sections("fsdp2")}
+    done = torchrun(2, STEPS, stories, str(tmp_path), "joint", json.dumps(values))
+    assert done.returncode == 0, done.stderr
+    weights = torch.load(tmp_path / "joint.pt")
+    assert weights["value_head.linear.weight"].any()
+    assert {x.dtype for name, x in weights.items() if "backbone" in name} == {torch.bfloat16}
