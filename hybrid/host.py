@@ -47,6 +47,7 @@ class RunHost:
     def opponent(self, name: str | None) -> "RunOpponent":
         parts = self.parts
         if name is None:
+            self._check_whole("self_play, whose opponent is the policy as it was,")
             return RunOpponent(parts, PastPolicy(parts.policy, parts.engine))
         model = NamedModel(
             name, parts.tokenizer, device=parts.policy.device, dtype=getattr(torch, parts.config.model.dtype),
@@ -59,10 +60,20 @@ class RunHost:
         return torch.Generator(self.parts.policy.device).manual_seed(self.parts.config.run.seed + 2 + number)
 
     def gram(self, sides: Sequence[tuple[Rollout | Batch, Tensor]]) -> Tensor:
+        self._check_whole("a reward mixture that compares policy gradients")
         with self.parts.autocast(), enough_memory("comparing policy gradients", "Lower the reward mixture's rows"):
             device = self.parts.policy.device
             placed: dict[int, Rollout | Batch] = {id(rows): rows.to(device) for rows, _ in sides}
             return policy_gram(self.parts.policy, [(placed[id(rows)], x.to(device)) for rows, x in sides])
+
+    def _check_whole(self, what: str) -> None:
+        """Refuse what one process cannot do with its part of the weights."""
+        world = self.parts.engine.world
+        if not world.whole:
+            raise InputError(
+                f"{what} needs all weights in one process, and distributed.engine {world.engine} gives it a part: take "
+                "ddp"
+            )
 
     def held_out(self, num_rows: int) -> Batch:
         examples = [example for example in self.parts.corpus.eval if example.has_target][:num_rows]

@@ -1,5 +1,6 @@
 """A part of all weights, gradients and optimizer states in each process: torch's `fully_shard`."""
 
+import shutil
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -10,10 +11,11 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from hybrid.distributed.processes import LossModule, Processes
+from hybrid.distributed.processes import LossModule, Processes, check_elementwise
 from hybrid.distributed.shards import read_shards, with_tensors
 from hybrid.distributed.world import LossOf
 
@@ -32,6 +34,7 @@ class FSDP2(Processes):
     engine = "fsdp2"
     whole = False
     retries = False  # out of memory, a process has left the others in the middle of their gathers
+    scales = False
     _whole: LossModule
     _root: FSDPModule  # the same
     _layers: list[FSDPModule]
@@ -43,6 +46,9 @@ class FSDP2(Processes):
         # Its first forward says which module is the root.
         self._whole(lambda rows: (torch.zeros(()), {}), None)
         self._root.reshard()
+
+    def adopt(self, optimizer: torch.optim.Optimizer, *, max_norm: float) -> None:
+        check_elementwise(self.engine, optimizer)
 
     def loss(self, loss_of: LossOf, rows: Any, *, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
         self._root.set_requires_gradient_sync(last)
@@ -58,7 +64,7 @@ class FSDP2(Processes):
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
+    def _gathered(self) -> Iterator[None]:
         modules = [self._root, *self._layers]
         for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
@@ -91,8 +97,14 @@ class FSDP2(Processes):
         folder = self.once(lambda: Path(tempfile.mkdtemp(prefix=".shards-", suffix=".part", dir=beside)))
         named = {(number, key): x for number, of in state["state"].items() for key, x in of.items()}
         tensors = {f"{number}.{key}": x for (number, key), x in named.items() if isinstance(x, DTensor)}
-        with self._standing(True):
-            dcp.save(tensors, checkpoint_id=folder)
+        try:
+            with self._standing(True):
+                dcp.save(tensors, checkpoint_id=folder)
+        except CheckpointException as error:
+            if self.writes:
+                shutil.rmtree(folder, ignore_errors=True)
+            # It holds what went wrong in which process, and is no Exception: the first, such as of a full disk.
+            raise next(first for first, _ in error.failures.values()) from error
         whole = {
             number: {key: x for key, x in of.items() if not isinstance(x, DTensor)}
             for number, of in state["state"].items()

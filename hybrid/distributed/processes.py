@@ -5,24 +5,26 @@ import io
 import logging
 import os
 import pickle
+import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hybrid.core import RunStopped
+from hybrid.core import InputError, RunStopped
 from hybrid.distributed.config import DistributedConfig
 from hybrid.distributed.launch import Place
 from hybrid.distributed.watch import Watch
 from hybrid.distributed.world import LossOf, World
 
-__all__ = ["LossModule", "Processes"]
+__all__ = ["LossModule", "Processes", "check_elementwise"]
 
 T = TypeVar("T")
 # While one process judges or writes, the others wait for it as long as it takes: `Watch` sees one that stands still.
@@ -47,24 +49,52 @@ class Processes(World):
         self.rank, self.size, self.config = place.rank, place.size, config
         self._objects = _joined(place)
         self._watch: Watch | None = None
+        self._inside = False  # `gathered`
         if self.rank:
             _silence()
+        _set_streams(self.once(_streams))
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        if self.whole or self._inside:
+            yield
+            return
+        self._inside = True
+        try:
+            with self._gathered():
+                yield
+        finally:
+            self._inside = False
+
+    def _gathered(self) -> AbstractContextManager[None]:
+        """`gathered` where weights are sharded, and not gathered already."""
+        raise NotImplementedError
 
     def each(self, work: Callable[[], T]) -> list[T]:
         return self._exchanged(work)
 
     def once(self, work: Callable[[], T]) -> T:
+        def alone() -> tuple[T, bytes | None]:
+            before = _streams()
+            with self._standing(True):
+                made = work()
+            after = _streams()
+            return made, None if after == before else after
+
         # The first one's is all that the others get: they have nothing to say.
-        made = self._exchanged(work if self.rank == 0 else lambda: None, waits=self.rank > 0)
-        result: Any = made[0]
-        return result
+        told: Any = self._exchanged(alone if self.rank == 0 else lambda: None)
+        result, streams = told[0]
+        # What a reward drew of the global streams, which all have in common, the others have not.
+        if self.rank and streams is not None:
+            _set_streams(streams)
+        return cast(T, result)
 
     def main(self, work: Callable[[], T]) -> T | None:
         made: list[T] = []
         self.once(lambda: made.append(work()))
         return made[0] if made else None
 
-    def _exchanged(self, work: Callable[[], Any], *, waits: bool = False) -> list[Any]:
+    def _exchanged(self, work: Callable[[], Any]) -> list[Any]:
         """What every process has made, or the first error of any.
 
         All verbs go through this one exchange: an error is told to the others at whatever verb they come to next.
@@ -72,8 +102,7 @@ class Processes(World):
         outcome: tuple[bool, Any]
         own: Exception | None = None
         try:
-            with self._standing(not waits and self.rank == 0):
-                outcome = True, work()
+            outcome = True, work()
         except Exception as error:  # noqa: BLE001 - raised again below, in every process
             own, outcome = error, (False, _told(error))
         packed = [b""] * self.size
@@ -128,6 +157,27 @@ def _joined(place: Place) -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
     assert isinstance(group, dist.ProcessGroup)
     return group
+
+
+def _streams() -> bytes:
+    """The state of the global streams of random numbers."""
+    return pickle.dumps((random.getstate(), np.random.get_state(), torch.get_rng_state().numpy()))
+
+
+def _set_streams(state: bytes) -> None:
+    python, numpy, on_cpu = pickle.loads(state)
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(torch.from_numpy(on_cpu))
+
+
+def check_elementwise(engine: str, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse (InputError) an optimizer that looks at whole matrices, of which it would be given parts."""
+    if type(optimizer).__name__ == "Adafactor":
+        raise InputError(
+            f"optimizer adafactor looks at whole matrices, and distributed.engine {engine} gives it parts of them: "
+            "take the engine ddp, or another optimizer"
+        )
 
 
 def _silence() -> None:

@@ -33,6 +33,7 @@ class World:
     size = 1
     whole = True  # whether each process holds all weights all the time
     retries = True  # whether an update that ran out of memory can be tried again
+    scales = True  # whether it knows of a loss's scale, which float16 has
 
     def __str__(self) -> str:
         return "1 process" if self.size == 1 else f"{self.size} processes by {self.engine}"

@@ -2,14 +2,14 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hybrid.core import RunStopped
-from hybrid.distributed.processes import LossModule, Processes
+from hybrid.distributed.processes import LossModule, Processes, check_elementwise
 from hybrid.distributed.world import LossOf
 
 __all__ = ["DeepSpeed"]
@@ -27,6 +27,7 @@ class DeepSpeed(Processes):
 
     engine = "deepspeed"
     retries = False  # out of memory, a process has left the others in the middle of their sums
+    scales = False
     _module: LossModule
     _engine: Any  # deepspeed's
     _groups: list[list[nn.Parameter]]
@@ -37,6 +38,7 @@ class DeepSpeed(Processes):
         self.whole = self.config.zero_stage < 3
 
     def adopt(self, optimizer: torch.optim.Optimizer, *, max_norm: float) -> None:
+        check_elementwise(self.engine, optimizer)
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         import deepspeed
 
@@ -116,12 +118,11 @@ class DeepSpeed(Processes):
             else:
                 self._zero.averaged_gradients[number] = self._zero.all_grad_tensors[number] = None
 
-    @contextmanager
-    def gathered(self) -> Iterator[None]:
+    def _gathered(self) -> AbstractContextManager[None]:
         from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 
-        with unwrap_model_for_generation(self._engine) if self.config.zero_stage == 3 else nullcontext():
-            yield
+        found: AbstractContextManager[None] = unwrap_model_for_generation(self._engine)
+        return found
 
     @contextmanager
     def loading(self) -> Iterator[None]:

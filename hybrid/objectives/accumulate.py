@@ -110,6 +110,7 @@ def _attempt(
     """
     metrics: list[Metrics] = [[] for _ in terms]
     failure: Failure | None = None
+    met = False  # whether the others count on this process's last gradient
     for number, job in enumerate(jobs, start=1):
         term, last = terms[job.term], number == len(jobs)
         try:
@@ -118,13 +119,19 @@ def _attempt(
             # Where the last gradients meet, a process that has none would keep all others waiting.
             if last and (told := world.first(failure)) is not None:
                 return told
+            met = last and world.size > 1
             if failure is None:
                 world.backward(scaler.scale(job.factor * term.coef * loss))
                 if job.factor:
                     metrics[job.term].append((job.rows.mean_over, {"loss": loss.detach(), **found}))
         except RuntimeError as error:
-            if not is_out_of_memory(error) or not world.retries:
+            if not is_out_of_memory(error):
                 raise
+            if met or not world.retries:
+                raise RunStopped(
+                    f"out of memory with {len(job.rows)} {term.name} rows at a time ({first_line(error)}), while other "
+                    f"processes wait for this one: set {_setting(term)} lower, or model.gradient_checkpointing=true"
+                ) from None
             failure = Failure(job.term, first_line(error))
     return failure or metrics
 
@@ -139,10 +146,15 @@ def _halved(term: Term[Any], size: int, failure: str) -> int:
     half = size // 2
     warnings.warn(
         f"out of memory with {size} {term.name} rows at a time; from here on {half}, which gives the same gradient. "
-        f"To start with that: {term.section and term.section + '.'}microbatch_size={half}",
+        f"To start with that: {_setting(term)}={half}",
         stacklevel=2,
     )
     return half
+
+
+def _setting(term: Term[Any]) -> str:
+    """Where the config says how many of a term's rows go through one forward."""
+    return f"{term.section and term.section + '.'}microbatch_size"
 
 
 def on_host(

@@ -44,7 +44,7 @@ def answer_logprob(
     """
     parts.policy.eval()
     sums = torch.zeros(len(batch), device=batch.labels.device)
-    with parts.autocast():
+    with parts.world.gathered(), parts.autocast():
         for rows in groups:
             logprob, _ = model.batch_logprob(batch[rows].trimmed(), temperature=temperature)
             sums[rows.to(sums.device)] = logprob.sum(1).to(sums.dtype)
@@ -84,7 +84,8 @@ class ReferenceLogprob:
         """Compute those of these examples, or read them from the run's folder."""
         if not examples or all(id(e) in self._kept for e in examples):
             return
-        values = self.parts.world.once(lambda: self._found(examples))
+        with self.parts.world.gathered():
+            values = self.parts.world.once(lambda: self._found(examples))
         self._kept |= zip(map(id, examples), values.tolist(), strict=True)
         self._owners.append(examples)
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from hybrid.core import RunStopped, unknown_name
+from hybrid.core import InputError, RunStopped, unknown_name
 from hybrid.distributed import ALONE, World
 from hybrid.objectives.accumulate import Term
 from hybrid.objectives.precision import Precision, grad_scaler
@@ -41,6 +41,11 @@ class Updater:
         world: World = ALONE,
     ):
         self.module, self.gradient, self.world = module, gradient, world
+        if precision == "float16" and not world.scales:
+            raise InputError(
+                f"model.precision float16 scales its losses, which distributed.engine {world.engine} does not know of: "
+                "take bfloat16, or the engine ddp"
+            )
         self.optimizer = optimizer_from(module, optimizer)
         world.adopt(self.optimizer, max_norm=gradient.max_norm)
         self.scaler = grad_scaler(precision, next(module.parameters()).device)
