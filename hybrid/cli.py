@@ -207,7 +207,8 @@ def _run(trainer: HybridTrainer) -> int:
 def _ended(trainer: HybridTrainer) -> int:
     """Show what a run left behind; its exit status."""
     assert trainer.folder is not None
-    _show(trainer.folder)
+    if trainer.world.writes:
+        _show(trainer.folder)
     return 0 if trainer.stopped_by is None else 128 + trainer.stopped_by
 
 

@@ -24,6 +24,7 @@ from hybrid.run import (
     MANIFEST,
     Checkpoints,
     check_unlocked,
+    disk_errors,
     finished_step,
     load_state,
     save_state,
@@ -53,7 +54,8 @@ def checkpoint_state(learner: Learner, *, progress: Mapping[str, Any] | None = N
     """
     state: dict[str, Any] = {**training_state(learner), "progress": progress}
     updater = state["updater"]
-    updater["optimizer"], shards = learner.world.write_shards(updater["optimizer"], learner.folder)
+    with disk_errors("save a checkpoint's shards", "; those before it are as they were"):
+        updater["optimizer"], shards = learner.world.write_shards(updater["optimizer"], learner.folder)
     with learner.world.gathered():
         yield {**state, **({} if shards is None else {SHARDS: str(shards)})}
 

@@ -18,13 +18,13 @@ def connect(config: DistributedConfig | None = None) -> World:
     and where the engine is not installed.
     """
     config, place = config or DistributedConfig(), Place.found()
+    if place is None or place.size == 1:
+        return ALONE
     if config.engine == "deepspeed" and find_spec("deepspeed") is None:
         raise InputError(
             "config: distributed.engine deepspeed needs DeepSpeed, which is not installed: "
             "pip install hybrid-trainer[deepspeed]"
         )
-    if place is None or place.size == 1:
-        return ALONE
     # Here: a run of one process loads nothing of it.
     os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
     from hybrid.distributed.ddp import DDP

@@ -1,5 +1,6 @@
 """A part of all weights, gradients and optimizer states in each process: torch's `fully_shard`."""
 
+import shutil
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -94,8 +96,14 @@ class FSDP2(Processes):
         folder = self.once(lambda: Path(tempfile.mkdtemp(prefix=".shards-", suffix=".part", dir=beside)))
         named = {(number, key): x for number, of in state["state"].items() for key, x in of.items()}
         tensors = {f"{number}.{key}": x for (number, key), x in named.items() if isinstance(x, DTensor)}
-        with self._standing(True):
-            dcp.save(tensors, checkpoint_id=folder)
+        try:
+            with self._standing(True):
+                dcp.save(tensors, checkpoint_id=folder)
+        except CheckpointException as error:
+            if self.writes:
+                shutil.rmtree(folder, ignore_errors=True)
+            # It holds what went wrong in which process, and is no Exception: the first, such as of a full disk.
+            raise next(first for first, _ in error.failures.values()) from error
         whole = {
             number: {key: x for key, x in of.items() if not isinstance(x, DTensor)}
             for number, of in state["state"].items()

@@ -74,6 +74,7 @@ def run_processes(count: int, arguments: Sequence[str]) -> int:
 
     The first process to fail gives the status, and ends the others.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -95,4 +96,7 @@ def run_processes(count: int, arguments: Sequence[str]) -> int:
         _, failure = error.get_first_failure()
         # A signal's number is negative here, and 128 more in a shell.
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except SignalException as stopped:
+        # Handed on to the processes, which have ended by now.
+        return 128 + int(stopped.sigval)
     return 0

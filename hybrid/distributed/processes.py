@@ -5,13 +5,15 @@ import io
 import logging
 import os
 import pickle
+import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -50,22 +52,33 @@ class Processes(World):
         self._holds_all = False
         if self.rank:
             _silence()
+        _set_streams(self.once(_streams))
 
     def each(self, work: Callable[[], T]) -> list[T]:
         return self._exchanged(work)
 
     def once(self, work: Callable[[], T]) -> T:
+        def alone() -> tuple[T, bytes | None]:
+            before = _streams()
+            with self._standing(True):
+                made = work()
+            after = _streams()
+            return made, None if after == before else after
+
         # The first one's is all that the others get: they have nothing to say.
-        made = self._exchanged(work if self.rank == 0 else lambda: None, waits=self.rank > 0)
-        result: Any = made[0]
-        return result
+        told: Any = self._exchanged(alone if self.rank == 0 else lambda: None)
+        result, streams = told[0]
+        # What a reward drew of the global streams, which all have in common, the others have not.
+        if self.rank and streams is not None:
+            _set_streams(streams)
+        return cast(T, result)
 
     def main(self, work: Callable[[], T]) -> T | None:
         made: list[T] = []
         self.once(lambda: made.append(work()))
         return made[0] if made else None
 
-    def _exchanged(self, work: Callable[[], Any], *, waits: bool = False) -> list[Any]:
+    def _exchanged(self, work: Callable[[], Any]) -> list[Any]:
         """What every process has made, or the first error of any.
 
         All verbs go through this one exchange: an error is told to the others at whatever verb they come to next.
@@ -73,8 +86,7 @@ class Processes(World):
         outcome: tuple[bool, Any]
         own: Exception | None = None
         try:
-            with self._standing(not waits and self.rank == 0):
-                outcome = True, work()
+            outcome = True, work()
         except Exception as error:  # noqa: BLE001 - raised again below, in every process
             own, outcome = error, (False, _told(error))
         packed = [b""] * self.size
@@ -146,6 +158,18 @@ def _joined(place: Place) -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
     assert isinstance(group, dist.ProcessGroup)
     return group
+
+
+def _streams() -> bytes:
+    """The state of the global streams of random numbers."""
+    return pickle.dumps((random.getstate(), np.random.get_state(), torch.get_rng_state().numpy()))
+
+
+def _set_streams(state: bytes) -> None:
+    python, numpy, on_cpu = pickle.loads(state)
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(torch.from_numpy(on_cpu))
 
 
 def _silence() -> None:

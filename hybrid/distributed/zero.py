@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -126,7 +126,7 @@ class DeepSpeed(Processes):
     def _gathering(self) -> Iterator[None]:
         from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 
-        with unwrap_model_for_generation(self._engine) if self.config.zero_stage == 3 else nullcontext():
+        with unwrap_model_for_generation(self._engine):
             yield
 
     @contextmanager

@@ -121,14 +121,14 @@ def _attempt(
             loss, found = world.loss(term.loss_of, job.rows, last=last)
             world.backward(scaler.scale(job.factor * term.coef * loss))
         except RuntimeError as error:
-            if not is_out_of_memory(error) or not world.retries:
+            if not is_out_of_memory(error):
                 raise
-            failure = Failure(job.term, first_line(error))
-            if last and world.size > 1:
+            if (last and world.size > 1) or not world.retries:
                 raise RunStopped(
-                    f"out of memory in the pass in which {world.size} processes add up their gradients "
-                    f"({failure.said}); go on with a smaller {term.section and term.section + '.'}microbatch_size"
+                    f"out of memory with {len(job.rows)} {term.name} rows at a time ({first_line(error)}), while other "
+                    f"processes wait for this one: set {_setting(term)} lower, or model.gradient_checkpointing=true"
                 ) from None
+            failure = Failure(job.term, first_line(error))
         else:
             if job.factor:
                 metrics[job.term].append((job.rows.mean_over, {"loss": loss.detach(), **found}))
@@ -145,10 +145,15 @@ def _halved(term: Term[Any], size: int, failure: str) -> int:
     half = size // 2
     warnings.warn(
         f"out of memory with {size} {term.name} rows at a time; from here on {half}, which gives the same gradient. "
-        f"To start with that: {term.section and term.section + '.'}microbatch_size={half}",
+        f"To start with that: {_setting(term)}={half}",
         stacklevel=2,
     )
     return half
+
+
+def _setting(term: Term[Any]) -> str:
+    """Where the config says how many of a term's rows go through one forward."""
+    return f"{term.section and term.section + '.'}microbatch_size"
 
 
 def on_host(

@@ -25,8 +25,9 @@ class PastPolicy:
     """
 
     def __init__(self, policy: Policy, engine: Engine):
-        # Of several processes the first one asks it, alone.
-        self._policy, self._engine = policy, engine if engine.world.size == 1 else Engine(policy, engine.config)
+        self._policy = policy
+        # It answers in one process alone, whose reward asks: it shares no rows with others.
+        self._engine = engine if engine.world.size == 1 else TorchEngine(policy, engine.config)
         self._taken: dict[str, Tensor] = {}
         self._other: Engine | None = None  # of the copy, where the whole backbone is trained
 
