@@ -80,18 +80,9 @@ class FSDP2(Processes):
             for module in modules:
                 module.set_reshard_after_forward(module is not self._root, recurse=False)
                 module.reshard()
-            self._forget_order()
-
-    def _forget_order(self) -> None:
-        """Forget which layers have gone forward: a backward pass gathers ahead by that, and processes may differ.
-
-        Inside `gathered` one process may have sampled longer, or alone; torch has no public way to say so.
-        """
-        for module in (self._root, *self._layers):
-            state = module._get_fsdp_state()
-            state._comm_ctx.post_forward_order.clear()
-            for group in state._fsdp_param_groups:
-                group._post_forward_indices.clear()
+            # Which layers have gone forward says what a backward pass gathers ahead. Here one process may have sampled
+            # longer than others, or alone: it is forgotten.
+            self._root.reset_iter_state()
 
     @contextmanager
     def loading(self) -> Iterator[None]:
