@@ -79,6 +79,9 @@ class FSDP2(Processes):
             for module in modules:
                 module.set_reshard_after_forward(module is not self._root, recurse=False)
                 module.reshard()
+            # Which layers have gone forward says what a backward pass gathers ahead. Here one process may have sampled
+            # longer than others, or alone: it is forgotten.
+            self._root.reset_iter_state()
 
     @contextmanager
     def loading(self) -> Iterator[None]:
