@@ -114,7 +114,9 @@ def study(task: str, arms: Mapping[str, str], options: argparse.Namespace) -> tu
     cells, size = (work / "cells", Size(1_000, 0.0)) if options.quick else (CELLS, Size())
 
     def job(arm: str, trial: int, seed: int, part: str) -> Job:
-        return Job(task, arm, trial, seed, part, cells, work, size, arms[arm])
+        # Only the study's own runs are committed.
+        folder = work / "entered" if arms[arm] else cells
+        return Job(task, arm, trial, seed, part, folder, work, size, arms[arm])
 
     seeds = SEEDS[:1] if options.quick else SEEDS
     expected = len(arms) * (NUM_TRIALS + len(seeds))
@@ -139,7 +141,8 @@ def _results(jobs: Sequence[Job], options: argparse.Namespace) -> list[Result]:
             print(
                 f"{number}/{len(missing)} {result['task']} {result['arm']} {name}: {said}", file=sys.stderr, flush=True
             )
-    return [result for job in jobs if (result := found(job.file, job.about())) is not None]
+    there = (found(job.file, job.about()) for job in jobs)
+    return [result for result in there if result is not None]
 
 
 def again(task: str, arm: str, seed: int, options: argparse.Namespace) -> None:
