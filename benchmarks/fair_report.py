@@ -8,6 +8,7 @@ from statistics import fmean
 from textwrap import fill
 from typing import Any
 
+from benchmarks.fair_run import POINTS
 from benchmarks.fair_statistics import bootstrap_difference, front, holm, hypervolume, probability_of_improvement
 from benchmarks.fair_tasks import ABILITIES, QUESTIONS
 from benchmarks.mixing_report import by, markdown
@@ -58,10 +59,12 @@ def _arm(task: str, runs: Sequence[Result]) -> Result:
             {**row, "retention": retention(row, start), "measure": measure(task, row, start)} for row, start in rows
         ]
 
-    points = min(run["at"]["tokens"] for run in runs)
+    def reached(run: Result, goal: float) -> dict[str, float]:
+        return next(row for row in run["curve"] if row["tokens"] >= goal)
+
+    goals = [runs[0]["tokens"] * i / POINTS for i in range(POINTS + 1)]
     curve = [
-        [fmean(run["curve"][i][name] for run in runs) for name in ("tokens", "seconds", "reward")]
-        for i in range(points + 1)
+        [fmean(reached(run, goal)[name] for run in runs) for name in ("tokens", "seconds", "reward")] for goal in goals
     ]
     named = {name: runs[0][name] for name in ("trial", "drawn", "settings")}
     return {**named, "seeds": [run["seed"] for run in runs], "curve": curve, **{end: at(end) for end in ENDS}}

@@ -15,9 +15,10 @@ from benchmarks.mixing_tasks import Work
 from hybrid import HybridConfig, PPOConfig
 from hybrid.mixing import make_strategy
 
-__all__ = ["ARMS", "NUM_TRIALS", "Trial", "config_of", "lengths_of", "run", "settings_of", "trials"]
+__all__ = ["ARMS", "NUM_TRIALS", "POINTS", "Trial", "config_of", "lengths_of", "run", "settings_of", "trials"]
 
 NUM_TRIALS = 4  # configurations that are tried of each arm
+POINTS = 3  # of the learning curve, beside its start
 SFT_LR, RL_LR = (3e-4, 3e-3), (1e-4, 1e-3)  # ends of the rates, which are drawn evenly between their logarithms
 SECTIONS: dict[str, Any] = {
     "reward": {"type": "python", "function": "benchmarks.fair_tasks:solved"},
@@ -169,7 +170,7 @@ class Watched(Metered):
         return found
 
 
-def run(config: HybridConfig, *, tokens: int, seconds: float, points: int = 3) -> dict[str, Any]:
+def run(config: HybridConfig, *, tokens: int, seconds: float, points: int = POINTS) -> dict[str, Any]:
     """Train until both budgets are spent.
 
     Returns the curve (at the start, at each of `points` equal parts of the tokens, at the end of each budget) and which
