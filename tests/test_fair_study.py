@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,15 @@ def test_a_run_ends_when_both_budgets_are_spent_and_is_measured_at_both(work):
     longer = run(config, tokens=300, seconds=0.2, points=1)
     rows = [longer["curve"][longer["at"][end]] for end in ("tokens", "seconds")]
     assert 300 <= rows[0]["tokens"] < rows[1]["tokens"] and rows[1]["seconds"] >= 0.2
+
+
+def test_measuring_a_joint_run_takes_no_time_of_it(work):
+    # This strategy says its objectives by its plans, which are asked for in the midst of an evaluation too.
+    trial = trials()[0]
+    settings = settings_of(ARMS["joint"](lengths_of("scarce_32", 900), trial), trial)
+    curve = run(config_of(settings, work, part="test", seed=0), tokens=900, seconds=0.05, points=1)["curve"]
+    for before, after in pairwise(curve):
+        assert before["tokens"] < after["tokens"] and before["seconds"] < after["seconds"]
 
 
 def test_an_outside_strategy_is_an_arm_by_one_line(work, tmp_path, monkeypatch):
