@@ -172,6 +172,7 @@ def _answer(task: str, found: Result) -> str:
 
     won = [arm for arm in mixtures if stands(arm, 1)]
     lost = [arm for arm in mixtures if stands(arm, -1)]
+    below = [arm for arm in mixtures if arm not in lost and all(of[arm]["high"] < 0 for of in (tokens, seconds))]
     means = {arm: fmean(row["measure"] for row in own["tokens"]) for arm, own in found["arms"].items()}
     best = max(mixtures, key=lambda arm: means[arm])
     best_of = found["fronts"]["tokens"]
@@ -182,8 +183,8 @@ def _answer(task: str, found: Result) -> str:
         f"**{verdict}.** At equal tokens the {'reward x retention' if QUESTIONS[task].forgets else 'reward'} is "
         f"{means[BASELINE]:.3f} with SFT then RL, {means['sft_only']:.3f} with SFT alone, {means['rl_only']:.3f} "
         f"with RL alone, and {means[best]:.3f} with the best mixture, `{best}`: {said(tokens[best])}; at equal seconds "
-        f"{said(seconds[best])}. Mixtures that are worse at both: {_listed(lost) or 'none'}. On the front of reward "
-        f"and retention: {_listed(best_of['arms'])}; the area below it is {best_of['hypervolume']:.3f}, and "
+        f"{said(seconds[best])}. Worse at both: {_listed(lost) or 'none'}; by the intervals alone, uncorrected: "
+        f"{_listed(below) or 'none'}. On the front of reward and retention: {_listed(best_of['arms'])}; the area below it is {best_of['hypervolume']:.3f}, and "
         f"{best_of['hypervolume_baselines']:.3f} without mixtures."
     )
 
@@ -217,6 +218,6 @@ def draw(tasks: Mapping[str, Result], file: Path) -> None:
         for axes in (above, below):
             axes.grid(alpha=0.3)
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(10, 3 * len(tasks)), frameon=False)
     figure.savefig(file, dpi=100)
     pyplot.close(figure)
