@@ -184,7 +184,8 @@ def _answer(task: str, found: Result) -> str:
         f"{means[BASELINE]:.3f} with SFT then RL, {means['sft_only']:.3f} with SFT alone, {means['rl_only']:.3f} "
         f"with RL alone, and {means[best]:.3f} with the best mixture, `{best}`: {said(tokens[best])}; at equal seconds "
         f"{said(seconds[best])}. Worse at both: {_listed(lost) or 'none'}; by the intervals alone, uncorrected: "
-        f"{_listed(below) or 'none'}. On the front of reward and retention: {_listed(best_of['arms'])}; the area below it is {best_of['hypervolume']:.3f}, and "
+        f"{_listed(below) or 'none'}. On the front of reward and retention: {_listed(best_of['arms'])}; "
+        f"the area below it is {best_of['hypervolume']:.3f}, and "
         f"{best_of['hypervolume_baselines']:.3f} without mixtures."
     )
 
