@@ -7,10 +7,18 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["in_processes", "kept"]
+__all__ = ["found", "in_processes", "kept"]
 
 Job = TypeVar("Job")
 Result = dict[str, Any]
+
+
+def found(file: Path, about: Mapping[str, Any]) -> Result | None:
+    """What `file` holds, if it was made with the settings `about`, which are in the types of JSON."""
+    if not file.is_file():
+        return None
+    held: Result = json.loads(file.read_text(encoding="utf-8"))
+    return held if all(held.get(name) == value for name, value in about.items()) else None
 
 
 def kept(file: Path, about: Mapping[str, Any], make: Callable[[], Mapping[str, Any]]) -> Result:
@@ -18,10 +26,8 @@ def kept(file: Path, about: Mapping[str, Any], make: Callable[[], Mapping[str, A
 
     about: in the types of JSON, or the file is never found to be the same.
     """
-    if file.is_file():
-        found: Result = json.loads(file.read_text(encoding="utf-8"))
-        if all(found.get(name) == value for name, value in about.items()):
-            return found
+    if (held := found(file, about)) is not None:
+        return held
     result = {**about, **make()}
     file.parent.mkdir(parents=True, exist_ok=True)
     # Whole or not at all: the next start trusts what it finds.

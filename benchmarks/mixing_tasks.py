@@ -15,7 +15,7 @@ from hybrid.demo import demo_model, demo_tokenizer, reviews
 from hybrid.models import Policy
 from hybrid.run import filled_folder
 
-__all__ = ["DATA", "SEED", "TASKS", "Pretraining", "Task", "Work", "prepare"]
+__all__ = ["DATA", "SEED", "TASKS", "Pretraining", "Task", "Work", "prepare", "pretrained"]
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SEED = 0  # of the data and the base models, which all runs of a task share
@@ -78,16 +78,17 @@ def prepare(task: Task, folder: Path) -> Work:
         return Work(task.base, files)
     work = Work(folder / "base", files)
     if not work.base.is_dir():
-        _pretrained(task, task.base, work.files["pretrain"]).save(work.base)
+        pretrained(task.base, task.settings["data"], work.files["pretrain"]).save(work.base)
     return work
 
 
-def _pretrained(task: Task, base: Pretraining, file: str) -> HybridTrainer:
+def pretrained(base: Pretraining, data: Mapping[str, Any], file: str) -> HybridTrainer:
+    """The base model, made of the rows of `file`, which are read as the config section `data` says."""
     texts = (row["prompt"] + row["target"] for row in read_rows(file))
     tokenizer = demo_tokenizer(texts, vocab_size=base.vocab_size)
     config = HybridConfig.from_dict(
         {
-            "data": task.settings["data"],
+            "data": dict(data),
             "mixing": {"strategy": "sequential", "sft_steps": base.steps, "ppo_steps": 0},
             "sft": {"batch_size": base.batch_size},
             "optimizer": {"name": "adamw", "lr": base.lr},
