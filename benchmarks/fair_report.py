@@ -177,7 +177,9 @@ def _answer(task: str, found: Result) -> str:
     best = max(mixtures, key=lambda arm: means[arm])
     best_of = found["fronts"]["tokens"]
     verdict = (
-        f"Mix: {_listed(won)}" if won else "No mixture is shown to be better than SFT then RL at equal tokens and equal seconds"
+        f"Mix: {_listed(won)}"
+        if won
+        else "No mixture is shown to be better than SFT then RL at equal tokens and equal seconds"
     )
     return (
         f"**{verdict}.** At equal tokens the {'reward x retention' if QUESTIONS[task].forgets else 'reward'} is "
