@@ -114,7 +114,8 @@ def test_ragged_shapes_are_as_exact_as_float32(rows, vocab, dtype):
     exact_logits = logits.detach().double().requires_grad_()
     expected = stats(exact_logits, ref_logits.double(), labels, temperature=0.7)
     for name in NAMES:
-        torch.testing.assert_close(getattr(found, name).double(), getattr(expected, name), rtol=1e-6, atol=1e-5)
+        # Of sums over 4,097 float32 numbers some processors round away 2.4e-6: 40 times half a unit of the last place.
+        torch.testing.assert_close(getattr(found, name).double(), getattr(expected, name), rtol=5e-6, atol=1e-5)
     gradient = torch.autograd.grad(total(found), logits)[0]
     # Rounded to the dtype of the logits: 2^-9 of it in bfloat16. Log-probabilities of -40 are known to 4e-6, twice.
     close = {"rtol": 1e-5 if dtype == torch.float32 else 2**-8, "atol": 5e-5}
