@@ -119,7 +119,9 @@ def test_a_run_ends_when_both_budgets_are_spent_and_is_measured_at_both(work):
     assert found["at"] == {"seconds": 0, "tokens": 3}
     longer = run(config, tokens=300, seconds=0.2, points=1)
     rows = [longer["curve"][longer["at"][end]] for end in ("tokens", "seconds")]
-    assert 300 <= rows[0]["tokens"] < rows[1]["tokens"] and rows[1]["seconds"] >= 0.2
+    # Which budget is spent last depends on the machine: the run ends with that one.
+    assert rows[0]["tokens"] >= 300 and rows[1]["seconds"] >= 0.2
+    assert longer["curve"][-1] in rows
 
 
 def test_measuring_a_joint_run_takes_no_time_of_it(work):
