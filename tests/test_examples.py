@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,8 @@ def test_the_readmes_scores_of_the_example_spec_are_what_the_command_prints(monk
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.yaml")), ids=lambda p: p.name)
 def test_every_example_config_is_valid(path):
+    if path.name == "vllm.yaml" and find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed: make vllm-test installs it")
     HybridConfig.from_file(path)
 
 
