@@ -32,7 +32,3 @@ class DDP(Processes):
         with nullcontext() if last else self._module.no_sync():
             loss, metrics = self._module(loss_of, rows)
         return loss, metrics
-
-    def backward(self, loss: Tensor) -> None:
-        # DDP takes the mean over processes; a loss is divided by the whole update's count already.
-        (loss * self.size).backward()

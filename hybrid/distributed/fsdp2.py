@@ -54,10 +54,6 @@ class FSDP2(Processes):
         loss, metrics = self._whole(loss_of, rows)
         return loss, metrics
 
-    def backward(self, loss: Tensor) -> None:
-        # The gradient is the mean over processes; a loss is divided by the whole update's count already.
-        (loss * self.size).backward()
-
     def grad_norm(self, module: nn.Module) -> Tensor:
         norm = super().grad_norm(module)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -100,7 +96,7 @@ class FSDP2(Processes):
         named = {(number, key): x for number, of in state["state"].items() for key, x in of.items()}
         tensors = {f"{number}.{key}": x for (number, key), x in named.items() if isinstance(x, DTensor)}
         try:
-            with self._standing(True):
+            with self._standing():
                 dcp.save(tensors, checkpoint_id=folder)
         except CheckpointException as error:
             if self.writes:
@@ -117,7 +113,7 @@ class FSDP2(Processes):
         parameters = _parameters(optimizer)
         found = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
         into = {name: torch.empty_like(parameters[int(name.partition(".")[0])]) for name in found}
-        with self._standing(True):
+        with self._standing():
             return with_tensors(state, read_shards(folder, into))
 
     def load_optimizer_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -60,7 +60,7 @@ class Processes(World):
     def once(self, work: Callable[[], T]) -> T:
         def alone() -> tuple[T, bytes | None]:
             before = _streams()
-            with self._standing(True):
+            with self._standing():
                 made = work()
             after = _streams()
             return made, None if after == before else after
@@ -90,7 +90,7 @@ class Processes(World):
         except Exception as error:  # noqa: BLE001 - raised again below, in every process
             own, outcome = error, (False, _told(error))
         packed = [b""] * self.size
-        with self._standing(True):
+        with self._standing():
             dist.all_gather_object(packed, _packed(outcome), group=self._objects)
         outcomes = [torch.load(io.BytesIO(x), map_location="cpu", weights_only=False) for x in packed]
         for rank, (well, made) in enumerate(outcomes):
@@ -109,10 +109,14 @@ class Processes(World):
         finally:
             self._watch = None
 
+    def backward(self, loss: Tensor) -> None:
+        # Engines take the mean over processes; a loss is divided by the whole update's count already.
+        (loss * self.size).backward()
+
     @contextmanager
-    def _standing(self, allowed: bool) -> Iterator[None]:
+    def _standing(self) -> Iterator[None]:
         """Inside the block this process may stand still: it waits for another, or for what it alone was asked."""
-        if self._watch is None or not allowed:
+        if self._watch is None:
             yield
             return
         with self._watch.waiting():

@@ -89,7 +89,7 @@ class Watch:
             if here != place or self._waits:
                 place, since = here, now
             try:
-                self._store.set(f"beat/{self.rank}", json.dumps([number, now - since, where(self._main)]))
+                self._store.set(f"beat/{self.rank}", json.dumps([number, now - since]))
                 if self._store.check([FAILED]):
                     rank, text, speaker = json.loads(self._store.get(FAILED))
                     # Its own error it says itself.
@@ -105,7 +105,7 @@ class Watch:
         for rank in range(self.size):
             if rank == self.rank or not self._store.check([f"beat/{rank}"]):
                 continue
-            number, other, _ = json.loads(self._store.get(f"beat/{rank}"))
+            number, other = json.loads(self._store.get(f"beat/{rank}"))
             longest = max(longest, other)
             if heard.get(rank, (-1, now))[0] != number:
                 heard[rank] = number, now

@@ -96,7 +96,7 @@ class DeepSpeed(Processes):
         return loss, metrics
 
     def backward(self, loss: Tensor) -> None:
-        # ZeRO takes the mean over processes; a loss is divided by the whole update's count already.
+        # The mean over processes, as in `Processes.backward`.
         self._engine.backward(loss * self.size)
 
     def grad_norm(self, module: nn.Module) -> Tensor:
