@@ -450,11 +450,11 @@ def test_the_nearest_good_answers_stand_in_the_prompt_that_the_policy_saw_and_is
 
 
 def test_evaluation_and_generate_see_shots_too(tokenizer, monkeypatch):
-    from hybrid import learner
+    from hybrid import measured
 
     hybrid, asked = shot_run(tokenizer), []
-    answered = learner.respond
-    monkeypatch.setattr(learner, "respond", lambda engine, e, **given: asked.extend(e) or answered(engine, e, **given))
+    answered = measured.respond
+    monkeypatch.setattr(measured, "respond", lambda engine, e, **given: asked.extend(e) or answered(engine, e, **given))
     hybrid.generate(["the w40 w41"])
     assert asked[0].num_shots > 0
     bare = hybrid.corpus.prompt("the w40 w41")

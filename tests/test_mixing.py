@@ -74,8 +74,11 @@ def test_every_strategy_stands_in_the_docs_with_its_fields():
     for line in docs.splitlines():
         if line.startswith("| `"):
             rows[line.split("`")[1]] += line
-    for name in strategy_names():
-        fields = make_strategy({"strategy": name}).spec().keys() - {"strategy"}
+    own = {name: make_strategy({"strategy": name}) for name in strategy_names()}
+    own = {name: strategy for name, strategy in own.items() if type(strategy).__module__.startswith("hybrid.")}
+    assert "sequential" in own  # others may stand beside: tests register theirs
+    for name, strategy in own.items():
+        fields = strategy.spec().keys() - {"strategy"}
         assert all(f"`{field}`" in rows[name] for field in fields), name
 
 

@@ -124,6 +124,9 @@ class DeepSpeed(Processes):
 
     @contextmanager
     def _gathering(self) -> Iterator[None]:
+        if self.whole:
+            yield
+            return
         from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 
         with unwrap_model_for_generation(self._engine):

@@ -5,7 +5,7 @@ from tiny import tiny_model
 
 from hybrid import Policy
 from hybrid.distributed import ALONE, World
-from hybrid.rollout import Engine, PastPolicy
+from hybrid.rollout import PastPolicy, TorchEngine
 
 
 @pytest.mark.parametrize("taken", [False, True])
@@ -13,7 +13,7 @@ def test_an_opponent_draws_alone(taken):
     world = World()
     world.size = 2
     policy = Policy(tiny_model())
-    opponent = PastPolicy(policy, Engine(policy, None, world))
+    opponent = PastPolicy(policy, TorchEngine(policy, None, world))
     if taken:
         opponent.take()
     with opponent.engine() as engine:
