@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from launched import FAULTY, LOADED, needs, python, sections, torchrun
+from launched import FAULTY, LOADED, forked, needs, python, sections, torchrun
 from test_resume import assert_equal_runs, config
 from whole_run import logged_rows
 
@@ -22,8 +22,8 @@ def written(stories, folder, name, **others):
     return str(path)
 
 
-def train(*arguments, engine="ddp", count=2):
-    return python("-m", "hybrid", "train", *arguments, "--nproc", str(count), engine=engine)
+def train(*arguments, engine="ddp"):
+    return forked(2, "-m", "hybrid", "train", *arguments, engine=engine)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,8 @@ def whole(stories, runs):
         needs(engine)
         if engine not in made:
             path = written(stories, runs, f"whole-{engine}", checkpoint=EVERY, **sections(engine))
-            made[engine] = train(path, engine=engine)
+            own = python("-m", "hybrid", "train", path, "--nproc", "2") if engine == "ddp" else None
+            made[engine] = own or train(path, engine=engine)
         assert made[engine].returncode == 0, made[engine].stderr[-3000:]
         return runs / f"whole-{engine}", made[engine]
 
@@ -69,7 +70,7 @@ def test_a_run_on_two_processes_is_the_run_of_one(stories, runs, whole):
 def test_a_run_that_failed_goes_on_as_the_one_that_did_not(stories, runs, whole, engine):
     folder, _ = whole(engine)
     cut = written(stories, runs, f"cut-{engine}", checkpoint=EVERY, **sections(engine))
-    failed = torchrun(2, FAULTY, cut, "raise", "1", "5", engine=engine)
+    failed = forked(2, FAULTY, cut, "raise", "1", "5", engine=engine)
     assert failed.returncode != 0
     assert "process 1 failed" in failed.stderr
     assert "the data are cursed" in failed.stderr
@@ -88,8 +89,7 @@ def state_of(checkpoint, runs, engine, count):
     file = runs / f"{run.name}-{engine}-{count}.pt"
     named = sections(engine)["distributed"]
     overrides = [f"distributed.{key}={value}" for key, value in named.items()]
-    launch = (lambda *arguments: python(*arguments)) if count == 1 else (lambda *a: torchrun(count, *a, engine=engine))
-    done = launch(LOADED, str(run), str(file), *overrides)
+    done = forked(count, LOADED, str(run), str(file), *overrides, engine=engine)
     assert done.returncode == 0, done.stderr
     return torch.load(file)
 
@@ -125,7 +125,7 @@ def test_a_checkpoint_goes_on_with_any_engine_on_any_number(runs, whole, source,
 def test_the_end_of_one_process_is_the_end_of_all_and_the_run_goes_on(stories, runs, fault, said):
     name = f"after-{fault}"
     path = written(stories, runs, name, checkpoint=EVERY, **sections("ddp", timeout=6.0))
-    failed = torchrun(2, FAULTY, path, fault, "1", "5")
+    failed = (torchrun if fault == "hang" else forked)(2, FAULTY, path, fault, "1", "5")
     assert failed.returncode != 0
     assert said in failed.stderr
     if fault != "die":
@@ -138,7 +138,7 @@ def test_the_end_of_one_process_is_the_end_of_all_and_the_run_goes_on(stories, r
 @pytest.mark.slow
 def test_all_processes_take_smaller_microbatches_where_one_ran_out_of_memory(stories, runs, whole):
     path = written(stories, runs, "less", sft={"batch_size": 8, "microbatch_size": 2})
-    done = torchrun(2, FAULTY, path, "memory-once", "1", "4")
+    done = forked(2, FAULTY, path, "memory-once", "1", "4")
     assert done.returncode == 0, done.stderr
     assert "out of memory with 2 sft rows at a time; from here on 1" in done.stderr
     assert len(logged_rows(runs / "less")) == len(logged_rows(whole("ddp")[0]))
@@ -147,7 +147,7 @@ def test_all_processes_take_smaller_microbatches_where_one_ran_out_of_memory(sto
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_step(stories, runs, whole):
     path = written(stories, runs, "term", checkpoint=EVERY)
-    stopped = torchrun(2, FAULTY, path, "term", "1", "5")
+    stopped = forked(2, FAULTY, path, "term", "1", "5")
     assert "stopped by SIGTERM after step 5" in stopped.stderr
     again = train("--resume", str(runs / "term"))
     assert again.returncode == 0, again.stderr[-3000:]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from launched import KINDS, STEPS, needs, python, sections, torchrun
+from launched import KINDS, STEPS, forked, needs, sections, torchrun
 
 # Of weights that are new the largest are about 1e-4, and what rounding leaves of their gradients' sums is seen.
 SMALL = 2e-8
@@ -16,7 +16,7 @@ ROUNDED = ("sampling_gap", "sampling_gap_max", "kl", "approx_kl", "chosen_reward
 def alone(stories, tmp_path_factory):
     """What one process found, by step."""
     folder = tmp_path_factory.mktemp("alone")
-    done = python(STEPS, stories, str(folder), ",".join(KINDS), "{}")
+    done = forked(1, STEPS, stories, str(folder), ",".join(KINDS), "{}")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -28,7 +28,8 @@ def alone(stories, tmp_path_factory):
 )
 def test_processes_learn_what_one_learns_from_all_their_rows(alone, stories, tmp_path, engine, count):
     needs(engine)
-    done = torchrun(count, STEPS, stories, str(tmp_path), ",".join(KINDS), json.dumps(sections(engine)), engine=engine)
+    launch = torchrun if count == 3 else forked
+    done = launch(count, STEPS, stories, str(tmp_path), ",".join(KINDS), json.dumps(sections(engine)), engine=engine)
     assert done.returncode == 0, done.stderr
     for kind in KINDS:
         one, many = (json.loads((folder / f"{kind}.json").read_text()) for folder in (alone, tmp_path))
@@ -60,7 +61,7 @@ def test_a_supervised_step_leaves_the_value_head_as_it_is(alone):
 @pytest.mark.slow
 def test_weights_in_bfloat16_beside_heads_in_float32_are_sharded(stories, tmp_path):
     values = {"model": {"name": stories, "dtype": "bfloat16"}, **sections("fsdp2")}
-    done = torchrun(2, STEPS, stories, str(tmp_path), "joint", json.dumps(values))
+    done = forked(2, STEPS, stories, str(tmp_path), "joint", json.dumps(values))
     assert done.returncode == 0, done.stderr
     weights = torch.load(tmp_path / "joint.pt")
     assert weights["value_head.linear.weight"].any()
