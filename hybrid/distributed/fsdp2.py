@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ class FSDP2(Processes):
     _layers: list[FSDPModule]
 
     def wrap(self, policy: nn.Module) -> None:
+        # The value head's last dimension is dropped, and nobody writes into what is left.
+        warnings.filterwarnings("ignore", message=".*FSDPValueHead.* returned a view", category=UserWarning)
         # The heads apart: they are float32, whatever the trunk is in, and what is gathered together has one dtype.
         heads = [child for name, child in policy.named_children() if name != "backbone"]
         self._layers = [fully_shard(layer) for layer in (*_layers(policy), *heads)]

@@ -1,6 +1,7 @@
 """Optimizer states, gradients and weights in parts: DeepSpeed's ZeRO, through its own `initialize`."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,6 +47,8 @@ class DeepSpeed(Processes):
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         import deepspeed
 
+        # Of the names by which DeepSpeed calls torch.
+        warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*is deprecated", category=FutureWarning)
         # Compiled by each first process on a CPU, behind a lock that one which was killed leaves for ever.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._groups = [list(group["params"]) for group in optimizer.param_groups]
