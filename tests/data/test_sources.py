@@ -284,7 +284,7 @@ FRAME = pandas.DataFrame([["a", "b"]])
         ("https://example.com/a.jsonl", "is an address"),
         (torch.utils.data.DataLoader([1]), "give its dataset"),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else type(x).__name__,
 )
 def test_what_is_no_data_is_refused_by_name(source, message):
     assert message in source_refusal(source)
