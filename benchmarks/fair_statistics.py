@@ -1,5 +1,6 @@
 """What may be said of a few seeds: intervals, tests corrected for their number, and fronts."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -43,7 +44,8 @@ def bootstrap_difference(ours: Sequence[float], theirs: Sequence[float], *, seed
         return Difference(d, d, d, float(d == 0))
     # A resample of one seed alone has no spread: it says that anything may be.
     t = torch.where(ses > 0, (means - mean).abs() / ses, torch.where(means == mean, 0.0, torch.inf))
-    half = float(se * t.quantile(0.95))
+    # More than 5 % of them: the quantile lies between two that are infinite, whose difference is no number.
+    half = math.inf if t.isinf().double().mean() > 0.05 else float(se * t.quantile(0.95))
     # + 1: the sample itself is one of those that are as extreme as it is.
     p = (int((t >= abs(mean) / se).sum()) + 1) / (len(t) + 1)
     return Difference(d, d - half, d + half, p)

@@ -1,6 +1,7 @@
 """The statistics of benchmarks/fair.py, beside brute force."""
 
 import itertools
+import math
 import random
 from statistics import fmean
 
@@ -47,6 +48,13 @@ def test_of_two_arms_alike_the_interval_holds_0_nearly_always():
 def test_where_no_seed_differs_the_difference_is_known():
     assert bootstrap_difference([1.0, 1.0], [0.0, 0.0]).low == 1.0
     assert bootstrap_difference([0.0, 0.0], [0.0, 0.0]).p == 1.0
+
+
+def test_seeds_that_hardly_differ_have_an_interval_without_ends():
+    """A third of the resamples draws equal seeds alone: of the unbounded ones there are more than 5 %."""
+    found = bootstrap_difference([0.0, 0.0, 0.0, 0.0, 1.0], [0.0] * 5)
+    assert (found.low, found.high) == (-math.inf, math.inf)
+    assert found.p > 0.05
 
 
 def test_one_seed_has_no_interval():
