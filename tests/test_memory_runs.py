@@ -275,6 +275,12 @@ def test_stale_rows_without_a_correction_are_refused(tokenizer):
         trainer_of(tokenizer, memory=memory, score={"whiten": True}).train()
 
 
+def test_the_rollouts_of_a_step_that_draws_again_are_not_taken_for_earlier_ones(tokenizer):
+    again = {**IMPORTANCE, "advantage": "group", "samples_per_prompt": 2, "resample": 1}
+    with pytest.raises(InputError, match=r"ppo\.resample = 1 makes several rollouts of a step"):
+        trainer_of(tokenizer, memory={"type": "experience", "staleness": 2}, ppo=again).train()
+
+
 # What is imitated
 
 

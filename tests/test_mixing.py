@@ -140,3 +140,16 @@ def test_a_prompt_without_a_target_gets_no_prefix():
     bare = Encoded((1, 2), (-100, -100), (1, 2), "", "", {})
     rows = make_strategy({"strategy": "prefix_rft"}).repeated([bare], 3, 0)
     assert [row.num_hint for row in rows] == [0, 0, 0]
+
+
+def test_a_hint_ends_before_what_a_user_says():
+    """Three tokens of an answer, two of a user, and three of another answer."""
+    labels = (-100, -100, 10, 11, 12, -100, -100, 15, 16, 17)
+    example = Encoded((1, 2, 10, 11, 12, 13, 14, 15, 16, 17), labels, (1, 2), "", "", {})
+    strategy = make_strategy({"strategy": "prefix_rft", "share": 1.0})
+    assert [row.num_hint for row in strategy.repeated([example], 3, 0)] == [0, 0, 2]
+
+
+def test_prefixes_for_all_responses_are_refused_where_the_responses_are_known():
+    with pytest.raises(InputError, match="prefixed must be less than the 3 responses to a prompt, got 3"):
+        make_strategy({"strategy": "prefix_rft", "prefixed": 3}).repeated([], 3, 0)

@@ -82,8 +82,12 @@ class Hint(Strategy):
 
 
 def num_hintable(example: Encoded) -> int:
-    """The most tokens that a hint may have. EOS is never given: the policy has one token to say at least."""
-    return max(len(example.input_ids) - len(example.prompt_ids) - 1, 0)
+    """The most tokens that a hint may have: of those behind the prompt, up to where an untrained one (a user) stands.
+
+    The last, EOS, is never given: the policy has one token to say at least.
+    """
+    labels = example.labels[len(example.prompt_ids) :]
+    return max(next((t for t, label in enumerate(labels) if label == IGNORE), len(labels)) - 1, 0)
 
 
 def hinted(example: Encoded, num_hint: int) -> Encoded:

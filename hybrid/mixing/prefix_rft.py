@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from hybrid.core import Encoded
+from hybrid.core import Encoded, InputError
 from hybrid.mixing.hint import hinted, longest_prompt, num_hintable
 from hybrid.mixing.strategy import Plan, Strategy, check_range, register_strategy
 
@@ -60,6 +60,11 @@ class PrefixRFT(Strategy):
         return Plan(step, {"prefix_rft": 1.0}) if step < self.steps else None
 
     def repeated(self, examples: Sequence[Encoded], num_responses: int, step: int) -> Sequence[Encoded]:
+        if self.prefixed >= num_responses:
+            raise InputError(
+                f"prefixed must be less than the {num_responses} responses to a prompt, got {self.prefixed}: what a "
+                "hint is worth is seen beside responses without one"
+            )
         self.memory["prefix_low"] = low = self.low_at(step)
         generator = random.Random(f"{self.seed}/{step}")
         rows: list[Encoded] = []

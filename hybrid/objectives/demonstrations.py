@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from hybrid.core import Encoded, InputError, Rollout
+from hybrid.core import IGNORE, Encoded, InputError, Rollout
 from hybrid.data import filler_id
 from hybrid.memory import Kept
 from hybrid.objectives.earlier import assembled_as, beside, rescored
@@ -15,12 +16,12 @@ from hybrid.objectives.objective import Parts
 from hybrid.objectives.ppo_config import PPOConfig
 from hybrid.rollout import Judge, KLConfig, Responses, SamplingConfig, ScoreConfig
 
-__all__ = ["by_group", "check_groups_of", "demonstrations", "examples_of"]
+__all__ = ["answer_labels", "by_group", "check_groups_of", "demonstrations", "examples_of"]
 
 
 def check_groups_of(name: str, sections: Mapping[str, Any]) -> None:
     """Refuse (InputError) settings with which a demonstration cannot stand in a group of responses."""
-    ppo, score = sections["ppo"], sections["score"]
+    ppo, score, memory = sections["ppo"], sections["score"], sections["memory"]
     if ppo.samples_per_prompt < 2:
         raise InputError(
             f"config: objective {name!r} sets the responses to a prompt against each other: ppo.samples_per_prompt "
@@ -30,6 +31,11 @@ def check_groups_of(name: str, sections: Mapping[str, Any]) -> None:
         raise InputError(
             f"config: objective {name!r} has demonstrations for prompts whose responses all fail, and ppo.resample = "
             f"{ppo.resample} leaves those out: set it to 0"
+        )
+    if memory.get("staleness"):
+        raise InputError(
+            f"config: objective {name!r} learns from the step's own responses and from demonstrations, and "
+            f"memory.staleness = {memory['staleness']} is for objective 'ppo': set it to 0"
         )
     if score.whiten:
         raise InputError(
@@ -45,6 +51,15 @@ def examples_of(rollout: Rollout, name: str) -> dict[int, Encoded]:
     return dict(zip(rollout.group.tolist(), rollout.examples, strict=True))
 
 
+def answer_labels(example: Encoded) -> tuple[int, ...]:
+    """The labels of what stands behind its prompt, up to the last that is trained; empty where none is.
+
+    Of a dialogue in which the user has the last word that is so, although earlier turns are trained.
+    """
+    labels = example.labels[len(example.prompt_ids) :]
+    return labels[: max((t + 1 for t, label in enumerate(labels) if label != IGNORE), default=0)]
+
+
 def demonstrations(
     rollout: Rollout,
     chosen: Mapping[int, Encoded],
@@ -54,14 +69,16 @@ def demonstrations(
     score: ScoreConfig,
     sampling: SamplingConfig,
 ) -> Rollout:
-    """The targets of these examples as rows beside the rollout's, all of their tokens `given`; in the order of groups.
+    """The targets of these examples as rows beside the rollout's, their tokens `given`; in the order of groups.
 
-    chosen: by group. Those without a target have no row, and those whose target the reward skips.
+    chosen: by group. Those without a target have no row, and those whose target the reward skips. Of a target's tokens
+    those that are not trained (what a user says in the midst of it) are seen, and stand outside of the mask.
     The reward scores a target as it does a response. It has been drawn by someone who was certain of it: its
     sampling_logprob is 0.
     """
-    targets = {group: e for group, e in chosen.items() if e.has_target and len(e.input_ids) > len(e.prompt_ids)}
-    answers = {group: e.input_ids[len(e.prompt_ids) :] for group, e in targets.items()}
+    labels = {group: answer_labels(e) for group, e in chosen.items()}
+    targets = {group: e for group, e in chosen.items() if labels[group]}
+    answers = {g: e.input_ids[len(e.prompt_ids) : len(e.prompt_ids) + len(labels[g])] for g, e in targets.items()}
     scores = _scores(list(targets.values()), list(answers.values()), parts, sampling) if targets else []
     scored = {group: x for group, x in zip(targets, scores, strict=True) if x > -torch.inf}
     rollout = replace(rollout, given=torch.zeros_like(rollout.mask))
@@ -78,7 +95,9 @@ def demonstrations(
     options = assembled_as(parts, ppo, kl, score)
     found = rescored(rows, parts, parts.references, rollout, torch.tensor(list(scored)), options)
     nothing = torch.zeros_like(found.reward)
-    found = replace(found, given=found.mask, advantage=nothing, return_=nothing)
+    said = pad_sequence([torch.tensor(labels[group]) for group in scored], batch_first=True, padding_value=IGNORE)
+    trained = (said != IGNORE).to(found.mask.device)
+    found = replace(found, mask=trained, given=trained, advantage=nothing, return_=nothing)
     return by_group(beside(rollout, found, num_groups=0))
 
 

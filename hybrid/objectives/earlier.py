@@ -20,13 +20,18 @@ __all__ = ["assembled_as", "beside", "check_staleness", "rescored", "with_stale"
 
 
 def check_staleness(memory: Memory | None, ppo: PPOConfig, score: ScoreConfig) -> None:
-    """Refuse (InputError) stale rows whose distribution nothing corrects for, or that are scored in a company they
-    never had."""
+    """Refuse (InputError) stale rows whose distribution nothing corrects for, that are scored in a company they never
+    had, or that are of the step itself."""
     staleness = getattr(memory, "staleness", 0)
     if staleness and ppo.importance is None:
         raise InputError(
             f"memory.staleness = {staleness} lets PPO learn from responses of an earlier policy, which needs "
             "ppo.importance: set it to token or sequence, or memory.staleness=0"
+        )
+    if staleness and ppo.resample:
+        raise InputError(
+            f"ppo.resample = {ppo.resample} makes several rollouts of a step, and memory.staleness = {staleness} would "
+            "take the first of them for earlier ones: set one of them to 0"
         )
     if staleness and score.whiten:
         raise InputError(

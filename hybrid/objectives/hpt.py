@@ -10,7 +10,7 @@ from torch import Tensor
 from hybrid.core import InputError, Rollout
 from hybrid.functional import sft_loss
 from hybrid.objectives.accumulate import Loss
-from hybrid.objectives.demonstrations import check_groups_of, demonstrations, examples_of
+from hybrid.objectives.demonstrations import answer_labels, check_groups_of, demonstrations, examples_of
 from hybrid.objectives.objective import Parts, register_objective
 from hybrid.objectives.ppo import PPO, Divisors, PolicyTerm, policy_term
 from hybrid.objectives.ppo_config import PPOConfig
@@ -64,7 +64,7 @@ class HPT(PPO):
         examples, group = examples_of(rollout, self.name), rollout.group
         assert group is not None
         mean = {g: float(rollout.score[group == g].mean()) for g in examples}
-        failed = {g: e for g, e in examples.items() if mean[g] <= self.threshold and e.has_target}
+        failed = {g: e for g, e in examples.items() if mean[g] <= self.threshold and answer_labels(e)}
         kept = torch.tensor([row for row, g in enumerate(group.tolist()) if g not in failed], dtype=torch.int64)
         rows = rollout[kept.to(group.device)]
         return demonstrations(rows, failed, self.parts, self.config, self.kl, self.score, self.sampling)

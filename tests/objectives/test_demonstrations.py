@@ -5,83 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny_model
+from demonstration_case import OF, ROWS, Plain, advantages, loss_of, prefixed, rolled, trainer_of
 
-from hybrid import HybridConfig, HybridTrainer, InputError, Policy
+from hybrid import HybridConfig, InputError
+from hybrid.core import IGNORE
 from hybrid.mixing import make_strategy
 from hybrid.objectives import with_advantages
-
-ROWS = [
-    {"prompt": f"the w{i} w{i + 1}", "target": f"was good w{i} w{i + 1} w{i + 2}"[: 8 + 6 * (i % 2)]} for i in range(6)
-]
-OF = {"strategy": "objective", "steps": 2}
-GOOD = ("was good", "was go")
-
-
-def score(response, prompt):
-    """1 of a demonstration; of a response 0 or 1, and of the prompts of w0 and w2 always 0."""
-    if response.startswith(GOOD):
-        return 1.0
-    return 0.0 if prompt.split()[1] in ("w0", "w2") else float(sum(map(ord, response)) % 2)
-
-
-def trainer_of(tokenizer, rows=ROWS, reward=score, objectives=None, mixing=None, **ppo):
-    settings = {"batch_size": 4, "samples_per_prompt": 3, "minibatch_size": 12, "epochs": 1, "advantage": "group"}
-    config = HybridConfig.from_dict(
-        {
-            "data": {"template": "none", "shuffle": False},
-            "sampling": {"max_new_tokens": 6, "temperature": 1.3},
-            "ppo": {**settings, **ppo},
-            "kl": {"coef": 0.0},
-            "objectives": objectives or {},
-            "mixing": mixing or {"strategy": "objective", "objective": "luffy", "steps": 2},
-            "optimizer": {"lr": 1e-2},
-        }
-    )
-    return HybridTrainer(Policy(tiny_model(seed=1)), tokenizer, rows, reward, config)
-
-
-class Plain:
-    """The rows of a rollout under a plain transformers model: lists of log-probs and entropies of their own tokens."""
-
-    def __init__(self, trainer, rollout):
-        self.rows = []
-        for row in range(len(rollout)):
-            ids = rollout.input_ids[row][rollout.attention_mask[row].bool()]
-            length = int(rollout.mask[row].sum())
-            with torch.no_grad():
-                logits = trainer.policy.backbone.model(ids.unsqueeze(0)).logits[0].double() / 1.3
-            logprob = logits.log_softmax(-1)[-length - 1 : -1]
-            entropy = (-logprob.exp() * logprob).sum(-1).tolist()
-            own = [logprob[t, token].item() for t, token in enumerate(ids[-length:].tolist())]
-            self.rows.append((own, entropy))
-
-
-def rolled(trainer, name, examples=None):
-    """(the rollout, what the objective learns from)."""
-    rollout = trainer.rollout(trainer.corpus.train[:4] if examples is None else examples, repeated=examples is not None)
-    return rollout, trainer.objectives[name].learnt(with_advantages(rollout, trainer.config.ppo))
-
-
-def loss_of(trainer, name, rows):
-    term = trainer.objectives[name].term(rows)
-    return float(term.loss_of(term.rows)[0].detach())
-
-
-def standardised(scores):
-    """The advantage of each score of a group."""
-    x = torch.tensor(scores, dtype=torch.float64)
-    return ((x - x.mean()) / (x.std() + 1e-4)).tolist()
-
-
-def advantages(rows):
-    """Of each row, by a loop over its group."""
-    found = [0.0] * len(rows)
-    for group in set(rows.group.tolist()):
-        members = [i for i, g in enumerate(rows.group.tolist()) if g == group]
-        for i, a in zip(members, standardised([rows.score[i].item() for i in members]), strict=True):
-            found[i] = a
-    return found
 
 
 def test_a_group_has_its_demonstration_behind_its_responses(tokenizer):
@@ -177,15 +106,6 @@ def test_where_no_prompt_fails_hpt_is_ppo_and_where_all_do_it_is_sft(tokenizer):
     assert loss_of(trainer, "hpt", rows) == pytest.approx(loss_of(trainer, "sft", batch), rel=1e-5)
 
 
-def prefixed(trainer, hints):
-    """For each prompt two responses without a hint and one with so many tokens."""
-    rows = []
-    for example, hint in zip(trainer.corpus.train, hints, strict=False):
-        cut = example.input_ids[: len(example.prompt_ids) + hint]
-        rows += [example, example, replace(example, prompt_ids=cut, num_hint=hint)]
-    return rows
-
-
 def test_the_loss_of_prefix_rft(tokenizer):
     hints = (2, 0, 3, 4)
     mixing = {"strategy": "prefix_rft", "steps": 2}
@@ -244,6 +164,37 @@ def test_importance_weights_leave_what_nobody_drew_as_it_is(tokenizer):
     assert losses[:2] == pytest.approx(losses[2:], rel=1e-4)
 
 
+def test_a_dialogue_that_ends_with_a_question_has_no_demonstration(tokenizer):
+    """Its earlier turns are trained, and nothing stands behind its prompt."""
+    trainer = trainer_of(tokenizer, objectives={"hpt": {"threshold": 2.0}})
+    first, *others = trainer.corpus.train[:4]
+    examples = [e for e in (replace(first, prompt_ids=first.input_ids), *others) for _ in range(3)]
+    _, rows = rolled(trainer, "hpt", examples)
+    assert rows.group.tolist() == [0, 0, 0, 1, 2, 3] and not rows.given[:3].any()
+    _, rows = rolled(trainer, "luffy", examples)
+    assert rows.group.tolist() == [0] * 3 + [1] * 4 + [2] * 4 + [3] * 4
+
+
+def test_of_a_target_only_what_is_trained_is_learnt(tokenizer):
+    """Its second token is a user's, say, and so are those behind its third."""
+    trainer = trainer_of(tokenizer, objectives={"hpt": {"threshold": 2.0}})
+    trainer.config = replace(trainer.config, sampling=replace(trainer.config.sampling, temperature=1.0))
+    examples = []
+    for e in trainer.corpus.train[:4]:
+        untrained = {len(e.prompt_ids) + 1, *range(len(e.prompt_ids) + 3, len(e.labels))}
+        labels = tuple(IGNORE if t in untrained else label for t, label in enumerate(e.labels))
+        examples.append(replace(e, labels=labels))
+    _, rows = rolled(trainer, "hpt", [e for e in examples for _ in range(3)])
+    assert torch.equal(rows.given, rows.mask) and rows.mask.sum(1).tolist() == [2] * 4
+    assert loss_of(trainer, "hpt", rows) == pytest.approx(loss_of(trainer, "sft", trainer.batch(examples)), rel=1e-5)
+    trainer = trainer_of(tokenizer)
+    _, rows = rolled(trainer, "luffy", [e for e in examples for _ in range(3)])
+    assert rows.given.sum(1).tolist() == [0, 0, 0, 2] * 4
+    given = rows.given.any(1)
+    # The reward came with the last token that is learnt.
+    assert rows.reward[given][:, 2].tolist() == rows.score[given].tolist()
+
+
 def test_a_target_that_the_reward_skips_is_no_demonstration(tokenizer):
     trainer = trainer_of(tokenizer)
     state, score = trainer.reward.state_dict(), trainer.reward.score
@@ -295,6 +246,10 @@ def test_a_rollout_by_hand_needs_its_examples(tokenizer):
             r"ppo\.resample = 1 leaves those out",
         ),
         ({"ppo": {"samples_per_prompt": 2, "advantage": "group"}, "score": {"whiten": True}}, r"score\.whiten takes"),
+        (
+            {"ppo": {"samples_per_prompt": 2, "advantage": "group"}, "memory": {"type": "experience", "staleness": 2}},
+            r"memory\.staleness = 2 is for objective 'ppo'",
+        ),
     ],
 )
 def test_what_no_demonstration_can_stand_beside_is_refused_before_a_model_is_loaded(name, section, said):
