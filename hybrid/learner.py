@@ -206,7 +206,9 @@ class Learner(Measured):
             if not of:
                 continue
             steps.append(self.update(self._terms({name: of[name] for name in coefs if name in of}, coefs)))
-            if config.target_kl is not None and steps[-1].get("approx_kl", 0.0) > config.target_kl:
+            # Of several objectives that have one each is told apart by its name.
+            drift = max((x for name, x in steps[-1].items() if name.endswith("approx_kl")), default=0.0)
+            if config.target_kl is not None and drift > config.target_kl:
                 break
         whole = rollout if "ppo" not in learnt else chosen if rows is None else with_advantages(rollout, config)
         metrics = rollout_metrics(whole) | over_updates(steps) | {"kl_coef": self.kl.coef}

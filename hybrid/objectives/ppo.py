@@ -16,7 +16,7 @@ from hybrid.objectives.objective import Objective, Parts, register_objective
 from hybrid.objectives.ppo_config import PPOConfig
 from hybrid.rollout import KLConfig, ScoreConfig
 
-__all__ = ["PPO", "Divisors", "policy_term", "ppo_batch_loss"]
+__all__ = ["PPO", "Divisors", "policy_term", "ppo_batch_loss", "weights_of"]
 
 
 @register_objective("ppo")
@@ -142,7 +142,7 @@ def ppo_batch_loss(
 def policy_term(logprob: Tensor, rollout: Rollout, config: PPOConfig, divisors: Divisors) -> Loss:
     """(the clipped surrogate of the tokens that were drawn, what there is to log of it); logprob: (B, T)."""
     assert rollout.advantage is not None
-    weight, weight_metrics = _importance_weight(rollout, config)
+    weight, weight_metrics = weights_of(rollout, config)
     term, metrics = policy_loss(
         logprob,
         rollout.old_logprob,
@@ -173,8 +173,8 @@ def _value_term(value: Tensor, rollout: Rollout, config: PPOConfig, divisors: Di
     return term, metrics["clip_fraction"]
 
 
-def _importance_weight(rollout: Rollout, config: PPOConfig) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """(the tokens' weights, or None; what there is to log of them)."""
+def weights_of(rollout: Rollout, config: PPOConfig) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """(the weights by `ppo.importance` of the tokens that were drawn, or None; what there is to log of them)."""
     if config.importance is None:
         return None, {}
     if rollout.sampling_logprob is None:

@@ -109,4 +109,7 @@ def _term(logprob: Tensor, rollout: Rollout, config: PPOConfig, divisors: Diviso
     sure = rollout.given & (rollout.entropy < least)
     # Without `given` all tokens are treated as drawn.
     chosen = replace(rollout, given=None, advantage=rollout.advantage.masked_fill(sure, 0.0))
-    return policy_term(logprob, chosen, config, divisors)
+    loss, _ = policy_term(logprob, chosen, config, divisors)
+    # What is logged is of drawn tokens, as everywhere: over these the parts of an update are averaged.
+    _, metrics = policy_term(logprob.detach(), rollout, config, divisors)
+    return loss, {**metrics, "policy_loss": loss.detach()}
