@@ -23,8 +23,9 @@ Row = Mapping[str, float]
 
 
 def retention(row: Row, start: Row) -> float:
-    """What is left of the abilities that the run began with, at most 1."""
-    return min(1.0, sum(row[name] for name in ABILITIES) / sum(start[name] for name in ABILITIES))
+    """What is left of the abilities that the run began with, at most 1; of none, all."""
+    began = sum(start[name] for name in ABILITIES)
+    return min(1.0, sum(row[name] for name in ABILITIES) / began) if began else 1.0
 
 
 def measure(task: str, row: Row, start: Row) -> float:

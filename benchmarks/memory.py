@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from statistics import fmean
@@ -36,7 +37,7 @@ if Path(sys.path[0]).resolve() == HERE:
 
 from benchmarks.mixing_report import interval  # noqa: E402
 from benchmarks.mixing_run import Metered, until  # noqa: E402
-from benchmarks.mixing_tasks import SEED, TASKS, Work, prepare  # noqa: E402
+from benchmarks.mixing_tasks import SEED, TASKS, Pretraining, Work, prepare  # noqa: E402
 from benchmarks.stamp import stamp  # noqa: E402
 from hybrid import HybridConfig, HybridTrainer  # noqa: E402
 from hybrid.data import read_rows  # noqa: E402
@@ -249,11 +250,14 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=PPO_LR, help="another one than the study's writes no result")
     parser.add_argument("--work", default="runs/memory", help="folder of data, models and finished runs")
     parser.add_argument("--report", action="store_true", help="only the table of what is there")
-    parser.add_argument("--quick", action="store_true", help="a 20th of the budget; writes no result")
+    parser.add_argument("--quick", action="store_true", help="a 20th of the budget, a small base; writes no result")
     arguments = parser.parse_args()
     folder = Path(arguments.work) / ("quick" if arguments.quick else "study")
     budget, steps = (BUDGET // 20, 10) if arguments.quick else (BUDGET, START_STEPS)
-    work = prepare(TASKS["digits"], folder)
+    task = TASKS["digits"]
+    if arguments.quick:
+        task = replace(task, base=Pretraining(vocab_size=259, steps=20))
+    work = prepare(task, folder)
     start = started(work, folder, steps)
     runs = []
     for seed in range(arguments.seeds):

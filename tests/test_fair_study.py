@@ -2,13 +2,13 @@
 
 import json
 import math
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from studied import studied
 
+from benchmarks import fair
 from benchmarks.fair import CELLS, SEEDS, TUNING_SEED, Job, Size, made
 from benchmarks.fair_report import measure, page, retention, table, task_result
 from benchmarks.fair_run import ARMS, NUM_TRIALS, config_of, lengths_of, run, settings_of, trials
@@ -102,7 +102,7 @@ def work(tmp_path_factory):
     tokenizer = demo_tokenizer(["x0123456789>"], vocab_size=259)
     demo_model(tokenizer, seed=0).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    rows = {"train": training(QUESTIONS["scarce_32"]), "test": held_out("test")[::20]}
+    rows = {"train": training(QUESTIONS["scarce_32"]), **{p: held_out(p)[::20] for p in ("test", "validation")}}
     for part in rows:
         (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[part]))
     return Work(folder, {part: str(folder / f"{part}.jsonl") for part in rows})
@@ -213,9 +213,9 @@ def test_the_kept_runs_are_of_the_settings_that_the_study_has():
 
 
 @pytest.mark.slow
-def test_the_study_runs_and_takes_finished_runs_as_they_are(tmp_path):
-    command = [sys.executable, "benchmarks/fair.py", "--quick", "--tasks", "scarce_32", "--arms", "sft_only",
-               "sequential", "--work", str(tmp_path)]  # fmt: skip
-    first, second = (subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True) for _ in range(2))
-    assert first.stdout == second.stdout and "| sft_only |" in first.stdout
-    assert "seed 0" in first.stderr and "seed 0" not in second.stderr
+def test_the_study_runs_and_takes_finished_runs_as_they_are(work, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fair, "prepare", lambda task, folder: work)
+    arguments = ("--quick", "--tasks", "scarce_32", "--arms", "sft_only", "sequential", "--work", str(tmp_path))
+    first, second = (studied(fair, *arguments, monkeypatch=monkeypatch, capsys=capsys) for _ in range(2))
+    assert first[0] == second[0] and "| sft_only |" in first[0]
+    assert "seed 0" in first[1] and "seed 0" not in second[1]

@@ -1,15 +1,11 @@
 """The study of benchmarks/memory.py: what its table says of a run, and that each arm is a config."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from studied import studied
 
+from benchmarks import memory
 from benchmarks.memory import ARMS, PPO_LR, config_of, measures, table
 from benchmarks.mixing_tasks import Work
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def result(arm, seed, *rewards, budget=400):
@@ -52,9 +48,8 @@ def test_every_arm_is_a_config_with_as_many_responses_a_step(arm, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_study_runs_and_takes_finished_runs_as_they_are(tmp_path):
-    command = [sys.executable, "benchmarks/memory.py", "--quick", "--seeds", "1", "--arms", "uniform", "leitner",
-               "--work", str(tmp_path)]  # fmt: skip
-    first, second = (subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True) for _ in range(2))
-    assert first.stdout == second.stdout and "| leitner | 1 |" in first.stdout
-    assert "leitner seed 0" in first.stderr and "seed 0" not in second.stderr
+def test_the_study_runs_and_takes_finished_runs_as_they_are(tmp_path, monkeypatch, capsys):
+    arguments = ("--quick", "--seeds", "1", "--arms", "uniform", "leitner", "--work", str(tmp_path))
+    first, second = (studied(memory, *arguments, monkeypatch=monkeypatch, capsys=capsys) for _ in range(2))
+    assert first[0] == second[0] and "| leitner | 1 |" in first[0]
+    assert "leitner seed 0" in first[1] and "seed 0" not in second[1]

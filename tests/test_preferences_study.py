@@ -2,12 +2,12 @@
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from studied import studied
 
+from benchmarks import preferences
 from benchmarks.kept import kept
 from benchmarks.preferences_hh import length_rule
 from benchmarks.preferences_pairs import Prepared, Size, flipped, pairs
@@ -15,7 +15,6 @@ from benchmarks.preferences_report import gold_at, judge_table, sweep_table, tab
 from benchmarks.preferences_run import ARMS, Watched, arm_config, judge_config, judge_spec, run, train_judge
 from hybrid import Example, make_reward
 
-ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["cat", "dog", "tree", "house", "ball", "red", "big", "little", "sun", "boat"]
 ON_LINE = [arm for arm in ARMS if arm.startswith(("online_dpo", "raft", "ppo"))]
 
@@ -249,13 +248,12 @@ def test_the_members_of_a_seed_are_one_number_of_the_reward_models_interval():
 
 
 @pytest.mark.slow
-def test_the_study_runs_and_takes_finished_runs_as_they_are(tmp_path):
-    command = [sys.executable, "benchmarks/preferences.py", "--quick", "--seeds", "1", "--arms", "dpo", "ppo_sft",
-               "--work", str(tmp_path)]  # fmt: skip
+def test_the_study_runs_and_takes_finished_runs_as_they_are(tmp_path, monkeypatch, capsys):
+    arguments = ("--quick", "--seeds", "1", "--arms", "dpo", "ppo_sft", "--work", str(tmp_path))
 
     def table_of_a_run():
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        return [line for line in done.stdout.splitlines() if line.startswith("|")]
+        out, _ = studied(preferences, *arguments, monkeypatch=monkeypatch, capsys=capsys)
+        return [line for line in out.splitlines() if line.startswith("|")]
 
     first = table_of_a_run()
     assert [line.split(" | ")[0] for line in first] == [

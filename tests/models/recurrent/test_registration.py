@@ -19,11 +19,8 @@ MAKE = (
 FIRST = [
     "import hybrid",
     "import hybrid; from transformers import LlamaForCausalLM",
-    "import hybrid; from transformers import AutoTokenizer",
     "import hybrid, transformers.modeling_layers",
-    "import hybrid.models.recurrent.modeling_recurrent",
     "from transformers import AutoModelForCausalLM; import hybrid",
-    "import transformers, hybrid",
 ]
 
 
