@@ -81,6 +81,8 @@ def _quiet_libraries() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hybrid", description="SFT and PPO on one language model, in one loop.")
+    # deepspeed's launcher puts it before all else; the variable LOCAL_RANK says the same.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="teach a small model to write reviews, then to like things")

@@ -42,6 +42,11 @@ def test_both_modules_are_the_command(module):
     assert "cosine" in done.stdout
 
 
+def test_what_deepspeeds_launcher_puts_first_is_taken(capsys):
+    assert main(["--local_rank=1", "schedulers"]) == 0
+    assert "local_rank" not in capsys.readouterr().out
+
+
 def test_train_evaluates_trains_exports_and_reports(config, tmp_path, capsys):
     assert main(["train", str(config)]) == 0
     run = tmp_path / "run"
